@@ -1,0 +1,191 @@
+"""A method: a layout, a route, a rest and a schedule, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.attend import attend, dense_pairs, report
+from dit_accel.errors import InputError
+from dit_accel.kernels.dense_attention import dense_attention
+from dit_accel.layout import Layout, default_scale
+from dit_accel.rest import Rest
+from dit_accel.route import Route
+from dit_accel.types import Context, Report
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Where a method steps aside for dense attention.
+
+    Attributes:
+        dense_steps: how many denoising steps, the first ones: a count (``int``), or a fraction of
+            all steps (``float`` in ``[0, 1)``), rounded half up.
+        dense_layers: layers; negative indices count from the last.
+    """
+
+    dense_steps: int | float = 0
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = self.dense_steps
+        is_count = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
+        if not is_count and not (isinstance(steps, float) and 0 <= steps < 1):
+            raise InputError(
+                "dense_steps: expected a count of steps (an integer, 0 or more) or a fraction "
+                f"(0 <= fraction < 1), got {steps!r}"
+            )
+        layers = self.dense_layers
+        if not isinstance(layers, tuple | list) or any(
+            isinstance(layer, bool) or not isinstance(layer, int) for layer in layers
+        ):
+            raise InputError(f"dense_layers: expected a tuple of integers, got {layers!r}")
+        object.__setattr__(self, "dense_layers", tuple(layers))
+
+    def is_dense(self, ctx: Context) -> bool:
+        """Whether this step of this layer is dense.
+
+        Raises:
+            InputError: ``dense_steps`` is a fraction, or a layer counts from the last, and the
+                context does not know how many there are.
+        """
+        if self.dense_steps:
+            first = self.dense_steps
+            if isinstance(first, float):
+                if ctx.num_steps is None:
+                    raise InputError(
+                        f"dense_steps: a fraction ({first!r}) needs num_steps, which is not known; "
+                        "give num_steps, or a count of steps"
+                    )
+                first = math.floor(first * ctx.num_steps + 0.5)
+            if ctx.step < first:
+                return True
+        if ctx.layer in self.dense_layers:
+            return True
+        if min(self.dense_layers, default=0) < 0:
+            if ctx.num_layers is None:
+                raise InputError(
+                    f"dense_layers: {self.dense_layers!r} counts from the last layer, which needs "
+                    "num_layers; give num_layers, or layers from 0 up"
+                )
+            return ctx.layer - ctx.num_layers in self.dense_layers
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Sparse attention as four choices.
+
+    Attributes:
+        layout: orders the tokens and cuts them into blocks; ``None`` is dense attention.
+        route: which pairs of blocks are exact; ``None`` is dense attention.
+        rest: what stands in for the others; ``None`` is dense attention.
+        schedule: where dense attention is used all the same.
+        name: for reports.
+        options: the effective options of the preset it came from.
+    """
+
+    layout: Layout | None
+    route: Route | None
+    rest: Rest | None
+    schedule: Schedule = Schedule()
+    name: str = "custom"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = (self.layout, self.route, self.rest)
+        if any(part is None for part in parts) and any(part is not None for part in parts):
+            raise InputError(
+                "Method: expected a layout, a route and a rest, or none of the three (dense), got "
+                f"{self.layout!r}, {self.route!r}, {self.rest!r}"
+            )
+
+    def is_dense(self, ctx: Context) -> bool:
+        """Whether this call would run dense attention."""
+        return self.layout is None or self.schedule.is_dense(ctx)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, *, scale: float | None = None
+    ) -> tuple[Tensor, Report]:
+        """Attention by this method.
+
+        Args:
+            q, k, v: ``[B, H, L, D]``, one floating dtype, any strides; ``L`` as the geometry says.
+            ctx: geometry, step, layer, branch and state.
+            scale: of the logits; ``D ** -0.5`` by default.
+
+        Returns:
+            ``out`` ``[B, H, L, D]`` in ``q``'s dtype, and what was computed.
+
+        Raises:
+            InputError: the tensors do not fit each other or the geometry, or ask for gradients.
+        """
+        check_tensors(q, k, v, ctx)
+        key_valid = ctx.geometry.key_valid
+        if (
+            self.layout is None
+            or self.route is None
+            or self.rest is None
+            or self.schedule.is_dense(ctx)
+        ):
+            every = dense_pairs(q, key_valid)
+            return dense_attention(q, k, v, key_valid=key_valid, scale=scale), Report(every, every)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise InputError(
+                f"{self.name}: expected no gradients to be asked for (this is for inference); run "
+                "it under torch.no_grad()"
+            )
+        blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
+        blocked.summary(*self.route.needs, *self.rest.needs)
+        plan = self.route(blocked, self.rest, ctx)
+        partial = attend(blocked, plan, self.rest, ctx)
+        return partial.out, report(blocked, plan)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> None:
+    """Raise an InputError unless q, k and v fit each other and the geometry. Reads no values."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 4:
+            raise InputError(f"{name}: expected [B, H, L, D], got shape {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise InputError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.dtype.itemsize < 2:
+            raise InputError(f"{name}: expected fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+    for what in ("shape", "dtype", "device"):
+        values = [getattr(tensor, what) for tensor in (q, k, v)]
+        if any(value != values[0] for value in values):
+            shown = ", ".join(str(list(x) if what == "shape" else x) for x in values)
+            raise InputError(f"q, k, v: expected one {what}, got {shown}")
+    if 0 in q.shape:
+        raise InputError(f"q, k, v: expected no empty dimension, got shape {list(q.shape)}")
+    where = ctx.geometry
+    if where.length != q.shape[2]:
+        text = f" + text {where.num_text}" if where.num_text else ""
+        raise InputError(
+            f"grid: expected {q.shape[2]} tokens as in q, got "
+            f"{'x'.join(map(str, where.grid))}{text} = {where.length}"
+        )
+    if where.text is not None and where.text.stop > q.shape[2]:
+        raise InputError(
+            f"text: expected a slice within {q.shape[2]} tokens, got "
+            f"slice({where.text.start}, {where.text.stop})"
+        )
+    valid = where.key_valid
+    if valid is not None:
+        expected = (q.shape[0], q.shape[2])
+        if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+            got = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+            raise InputError(f"key_valid: expected a bool tensor, got {got}")
+        if tuple(valid.shape) != expected:
+            raise InputError(
+                f"key_valid: expected [B, L] = {list(expected)}, got {list(valid.shape)}"
+            )
+        if valid.device != q.device:
+            raise InputError(f"key_valid: expected device {q.device}, got {valid.device}")

@@ -1,0 +1,157 @@
+"""Routes: which pairs of blocks deserve exact attention.
+
+A route is called as ``route(blocked, rest, ctx) -> Plan``. It decides over video blocks only: rows
+and columns of text blocks are exact whatever it says.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import InputError
+from dit_accel.layout import Blocked, Statistic
+from dit_accel.types import EXACT, REST, Context, Plan
+
+if TYPE_CHECKING:
+    from dit_accel.rest import Rest
+
+_CHUNK_BYTES = 32 * 2**20
+
+
+@runtime_checkable
+class Route(Protocol):
+    """Decides which pairs of blocks are computed exactly."""
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        """Parts of the summary that it reads."""
+
+    def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Everything:
+    """Every pair exact: dense attention, by way of the blocks."""
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return ()
+
+    def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan:
+        code = torch.full(
+            (1, 1, blocked.queries.num_blocks, blocked.keys.num_blocks),
+            EXACT,
+            dtype=torch.int8,
+            device=blocked.q.device,
+        )
+        return Plan(code)
+
+
+@dataclass(frozen=True, slots=True)
+class PooledScore:
+    """Blocks by the product of their means, as PISA routes (arXiv 2602.01077).
+
+    ``score_ij = s q̄_i·k̄_j``, and ``+ log(‖C_j‖_F + 1e-5)`` with ``bias``. Key blocks without any
+    valid key are never selected, and not counted in ``N_k``.
+
+    Attributes:
+        select: ``"topk"`` takes the ``max(1, ⌊density · N_k⌋)`` best blocks of every row;
+            ``"topp"`` the fewest blocks whose softmax over ``n_j exp(score_ij)`` adds up to ``p``.
+        density: above 0, at most 1.
+        p: above 0, at most 1.
+        bias: add the norm of the block's covariance.
+    """
+
+    select: Literal["topk", "topp"] = "topk"
+    density: float = 0.15
+    p: float = 0.9
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.select not in ("topk", "topp"):
+            raise InputError(f"PooledScore: select: expected 'topk' or 'topp', got {self.select!r}")
+        for name, value in (("density", self.density), ("p", self.p)):
+            if not 0 < value <= 1:
+                raise InputError(f"PooledScore: {name}: expected 0 < {name} <= 1, got {value!r}")
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return ("cov",) if self.bias else ()
+
+    def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan:
+        rows, columns = blocked.queries.num_video, blocked.keys.num_video
+        batch, heads = blocked.q.shape[:2]
+        summary = blocked.summary(*self.needs)
+        query = blocked.query_mean()[:, :, :rows] * blocked.scale
+        key = summary.k_mean[:, :, :columns]
+        count = summary.count[..., :columns].expand(batch, heads, columns)
+        shift = torch.zeros((), dtype=key.dtype, device=key.device).expand(count.shape)
+        if self.bias:
+            assert summary.cov_norm is not None
+            shift = (summary.cov_norm[:, :, :columns] + 1e-5).log()
+        shift = shift.masked_fill(count == 0, -torch.inf)
+
+        code = torch.full(
+            (batch, heads, blocked.queries.num_blocks, blocked.keys.num_blocks),
+            EXACT,
+            dtype=torch.int8,
+            device=key.device,
+        )
+        if rows and columns:
+            # a few heads at a time: the scores of all would be as large as a tensor of tokens
+            step = max(1, _CHUNK_BYTES // (batch * rows * columns * key.itemsize))
+            for h in range(0, heads, step):
+                some = slice(h, h + step)
+                score = query[:, some] @ key[:, some].mT
+                score += shift[:, some].unsqueeze(-2)
+                chosen = self._choose(score, count[:, some])
+                code[:, some, :rows, :columns] = torch.where(chosen, EXACT, REST).to(torch.int8)
+        return Plan(code)
+
+    def _choose(self, score: Tensor, count: Tensor) -> Tensor:
+        """bool ``[B, h, Nq, Nk]`` for scores of that shape and counts ``[B, h, Nk]``."""
+        if self.select == "topk":
+            return choose_topk(score, (count > 0).sum(-1), self.density)
+        return choose_topp(score + count.to(score.dtype).log().unsqueeze(-2), self.p)
+
+
+def choose_topk(score: Tensor, available: Tensor, density: float) -> Tensor:
+    """The ``max(1, ⌊density · n⌋)`` best of every row.
+
+    Args:
+        score: ``[B, H, Nq, Nk]``; ``-inf`` where a block may not be chosen.
+        available: int64 ``[B, H]``, how many blocks ``n`` may be chosen.
+        density: above 0, at most 1.
+
+    Returns:
+        bool, as ``score``. A row with nothing available stays empty.
+    """
+    wanted = [[max(1, math.floor(density * n)) for n in row] for row in available.tolist()]
+    most = min(max(map(max, wanted)), score.shape[-1])
+    best, order = score.topk(most, dim=-1)
+    rank = torch.arange(most, device=score.device)
+    limit = torch.tensor(wanted, device=score.device).view(*available.shape, 1, 1)
+    take = (rank < limit) & (best > -torch.inf)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, take)
+
+
+def choose_topp(logit: Tensor, p: float) -> Tensor:
+    """The fewest of every row whose softmax adds up to at least ``p``, one or more.
+
+    Args:
+        logit: ``[B, H, Nq, Nk]``; ``-inf`` where a block may not be chosen.
+        p: above 0, at most 1; at 1 every block that may be is chosen.
+    """
+    if p >= 1:
+        return logit > -torch.inf
+    best, order = logit.sort(dim=-1, descending=True, stable=True)
+    mass = best.double().softmax(-1)
+    before = mass.cumsum(-1) - mass
+    take = (before < p) & (best > -torch.inf)
+    take[..., :1] |= best[..., :1] > -torch.inf
+    return torch.zeros_like(logit, dtype=torch.bool).scatter_(-1, order, take)

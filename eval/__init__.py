@@ -1,0 +1,1 @@
+"""Measurements: benchmarks, metrics and reports."""

@@ -1,0 +1,1 @@
+"""The embedded model ``tiny-wan``: its world, its recipe, its weights."""
