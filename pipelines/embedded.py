@@ -1,0 +1,137 @@
+"""Models that are shipped inside the package."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from dit_accel.errors import InputError
+
+
+class VocabularyWarning(UserWarning):
+    """A prompt has words that an embedded model never saw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A model inside the package: a stock diffusers pipeline directory.
+
+    Attributes:
+        name: what `dit_accel.pipelines.load` knows it by.
+        summary: one line.
+        folder: under this package.
+        defaults: arguments of the pipeline's call that the model was made for.
+        fps: frames per second that its clips were made for.
+    """
+
+    name: str
+    summary: str
+    folder: str
+    defaults: Mapping[str, Any]
+    fps: int
+
+    @property
+    def directory(self) -> Path:
+        """Where the pipeline lies.
+
+        Raises:
+            InputError: the package was installed without it.
+        """
+        path = Path(__file__).parent / self.folder
+        if not (path / "model_index.json").is_file():
+            raise InputError(f"model: expected the weights of {self.name} at {path}, got nothing")
+        return path
+
+
+_TABLE: Final = {
+    "tiny-wan": Embedded(
+        name="tiny-wan",
+        summary="shapes that move, in a small Wan trained on procedural clips (17 frames, 128×128)",
+        folder="tiny_wan/weights",
+        defaults=MappingProxyType(
+            {
+                "height": 128,
+                "width": 128,
+                "num_frames": 17,
+                "num_inference_steps": 20,
+                "guidance_scale": 6.0,
+            }
+        ),
+        fps=8,
+    )
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names of the embedded models."""
+    return tuple(_TABLE)
+
+
+def catalogue() -> tuple[Embedded, ...]:
+    """All embedded models."""
+    return tuple(_TABLE.values())
+
+
+def find(name: str) -> Embedded | None:
+    """The embedded model of a name, or ``None``."""
+    return _TABLE.get(name)
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Arguments for ``pipe(prompt, **defaults(name))``, as the model was made for.
+
+    Raises:
+        InputError: no embedded model has this name.
+
+    Example:
+        >>> from dit_accel.pipelines import embedded
+        >>> embedded.defaults("tiny-wan")["num_frames"]
+        17
+    """
+    if name not in _TABLE:
+        raise InputError(f"model: expected one of {', '.join(_TABLE)}, got {name!r}")
+    return dict(_TABLE[name].defaults)
+
+
+def vocabulary(tokenizer: Any) -> list[str]:
+    """The words that a word-level tokenizer knows, in alphabetical order."""
+    special = set(tokenizer.all_special_tokens)
+    return sorted(word for word in tokenizer.get_vocab() if word not in special)
+
+
+def unknown_words(tokenizer: Any, prompts: str | Iterable[str] | None) -> list[str]:
+    """Words of prompts outside the vocabulary of a word-level tokenizer, each once, in order."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+    known = set(vocabulary(tokenizer))
+    words = (word for text in texts for word in re.split(r"[\s,.]+", text.lower()) if word)
+    return list(dict.fromkeys(word for word in words if word not in known))
+
+
+def vocabulary_message(name: str, tokenizer: Any, unknown: list[str]) -> str:
+    """What a user is told about unknown words."""
+    return (
+        f"{name} does not know {', '.join(map(repr, unknown))}; it knows: "
+        f"{', '.join(vocabulary(tokenizer))}"
+    )
+
+
+def warn_of_unknown_words(pipe: Any, name: str) -> None:
+    """Make a pipeline answer a word outside its vocabulary with a `VocabularyWarning`."""
+    encode = pipe.encode_prompt
+
+    @functools.wraps(encode)
+    def encode_prompt(prompt: Any, negative_prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
+        unknown = unknown_words(pipe.tokenizer, prompt)
+        unknown += unknown_words(pipe.tokenizer, negative_prompt)
+        if unknown:
+            message = vocabulary_message(name, pipe.tokenizer, list(dict.fromkeys(unknown)))
+            warnings.warn(message, VocabularyWarning, stacklevel=3)
+        return encode(prompt, negative_prompt, *args, **kwargs)
+
+    pipe.encode_prompt = encode_prompt

@@ -1,0 +1,89 @@
+"""The root hook: tells a session what no processor is told, before every forward.
+
+The work is done by a forward pre-hook of torch, and not by a wrapped ``forward`` as in diffusers'
+own hooks: accelerate's CPU offload takes its wrappers off and puts them on again around every call,
+and takes along what was wrapped around them. Only the cache context, which diffusers hands to
+nothing but the hooks in its registry, needs a place there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from diffusers.hooks.hooks import (
+    BaseState,
+    CacheContext,
+    HookFunctionReference,
+    HookRegistry,
+    ModelHook,
+    StateManager,
+)
+from torch import nn
+
+from dit_accel.pipelines.families import Family
+from dit_accel.pipelines.session import Session
+
+NAME = "dit_accel"
+
+
+class _Nothing(BaseState):
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _Listener(ModelHook):
+    """Receives the cache context, and the reset at the end of a call."""
+
+    _is_stateful = True
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+        self._manager = StateManager(_Nothing)
+
+    @property
+    def told(self) -> CacheContext | None:
+        """The context of the forward under way, if the pipeline gives any."""
+        try:
+            return self._manager.context
+        except ValueError:
+            return None
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self._manager.reset()
+        self._session.leave()
+        return module
+
+
+class RootHook:
+    """On one transformer of a session, from construction until `remove`."""
+
+    def __init__(self, name: str, model: nn.Module, family: Family, session: Session) -> None:
+        self._model, self._listener = model, _Listener(session)
+        registry = HookRegistry.check_if_exists_or_initialize(model)
+        # First in the order and without a wrapper: other hooks can then come and go in any order.
+        registry.hooks[NAME] = self._listener
+        registry._hook_order.insert(0, NAME)
+        registry._fn_refs.insert(0, HookFunctionReference())
+        registry.invalidate_child_registries_cache()
+        signature = inspect.signature(type(model).forward)
+
+        def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = signature.bind(module, *args, **kwargs).arguments
+            session.enter(
+                name,
+                family.geometry(module, given),
+                told=self._listener.told,
+                timestep=given.get("timestep"),
+            )
+
+        self._handle = model.register_forward_pre_hook(tell, with_kwargs=True, prepend=True)
+
+    def remove(self) -> None:
+        """Take the hook off; nothing remains."""
+        self._handle.remove()
+        registry = HookRegistry.check_if_exists_or_initialize(self._model)
+        at = registry._hook_order.index(NAME)
+        del registry.hooks[NAME], registry._hook_order[at], registry._fn_refs[at]
+        registry.invalidate_child_registries_cache()

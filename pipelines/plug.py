@@ -1,0 +1,252 @@
+"""Swap a method into a pipeline, and out again."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from dit_accel import presets
+from dit_accel.errors import InputError
+from dit_accel.method import Method, Schedule
+from dit_accel.pipelines.families import Family, family_of, models_of
+from dit_accel.pipelines.hook import RootHook
+from dit_accel.pipelines.session import ATTRIBUTE, Binding, Session
+
+T = TypeVar("T")
+_HOOK = "_dit_accel_hook"
+
+
+def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
+    """Run a method in the self-attention of a pipeline.
+
+    Weights are untouched; calling it again replaces the method.
+
+    Args:
+        target: a diffusers pipeline, or one of its transformers.
+        method: the name of a preset, or a `Method`.
+        options: of the preset, such as ``density=0.15``; ``dense_steps`` and ``dense_layers`` may
+            be given beside a `Method` too.
+
+    Returns:
+        ``target`` itself.
+
+    Raises:
+        InputError: the family is not supported, or the method, an option or a layer does not fit.
+
+    Example:
+        >>> import dit_accel
+        >>> pipe = dit_accel.pipelines.load("tiny-wan")
+        >>> dit_accel.accelerate(pipe, "pisa", density=0.15) is pipe
+        True
+    """
+    made = make_method(method, **options)
+    models = models_of(target)
+    for name, model in models.items():
+        _check_layers(made, name, len(_family(model).self_attention(model)))
+    prepare(target)
+    for model in models.values():
+        family = _family(model)
+        for attn in family.self_attention(model):
+            ours = family.processor(made)
+            _keep_backend(attn.processor, ours)
+            attn.set_processor(ours)
+    return target
+
+
+def restore(target: T) -> T:
+    """Undo `accelerate`: every processor of ours gives way to the one that stood there before.
+
+    Also takes the hooks off. Without anything to undo it does nothing.
+
+    Args:
+        target: a diffusers pipeline, or one of its transformers.
+
+    Returns:
+        ``target`` itself.
+
+    Raises:
+        InputError: the family is not supported.
+    """
+    for model in models_of(target).values():
+        session = getattr(model, ATTRIBUTE, None)
+        if session is None:
+            continue
+        family = _family(model)
+        # a pipeline and its bare transformer may not share a name for it
+        name = next(key for key, known in session.models if known is model)
+        for path, original in session.originals.pop(name).items():
+            attn = model.get_submodule(path)
+            if isinstance(attn.processor, family.processor_type):
+                _keep_backend(attn.processor, original)
+                attn.set_processor(original)
+        for attn in family.self_attention(model):
+            delattr(attn, ATTRIBUTE)
+        getattr(model, _HOOK).remove()
+        delattr(model, _HOOK)
+        delattr(model, ATTRIBUTE)
+        del session.hosts[name]
+        session.leave()
+    return target
+
+
+def processor(target: Any, method: str | Method = "pisa", **options: Any) -> Any:
+    """A processor for diffusers' own ``transformer.set_attn_processor``, and a prepared target.
+
+    Args:
+        target: a diffusers pipeline, or one of its transformers.
+        method, options: as in `accelerate`.
+
+    Returns:
+        The processor. One instance serves every module of the target: what is not self-attention
+        over the video runs diffusers' own code.
+
+    Raises:
+        InputError: as `accelerate`.
+
+    Example:
+        >>> import dit_accel
+        >>> pipe = dit_accel.pipelines.load("tiny-wan")
+        >>> ours = dit_accel.pipelines.processor(pipe, "pisa", density=0.15)
+        >>> pipe.transformer.set_attn_processor(ours)
+    """
+    made = make_method(method, **options)
+    models = models_of(target)
+    for name, model in models.items():
+        _check_layers(made, name, len(_family(model).self_attention(model)))
+    prepare(target)
+    return _family(next(iter(models.values()))).processor(made)
+
+
+def set_attn_processor(pipe: Any, given: Any, **options: Any) -> None:
+    """``pipe.set_attn_processor`` of pipelines from `load`.
+
+    Args:
+        pipe: the pipeline.
+        given: the name of a preset, a `Method`, or a processor (or diffusers' dictionary of them),
+            which then goes to every attention module as in diffusers.
+        options: of the preset or `Method`.
+
+    Raises:
+        InputError: as `accelerate`; or options beside a processor.
+    """
+    if isinstance(given, str | Method):
+        accelerate(pipe, given, **options)
+        return
+    if options:
+        raise InputError(
+            f"set_attn_processor: expected no options beside a processor, got {', '.join(options)}"
+        )
+    if not callable(given) and not isinstance(given, dict):
+        raise InputError(
+            "set_attn_processor: expected a preset's name, a Method or a processor, got "
+            f"{type(given).__name__}"
+        )
+    prepare(pipe)
+    for model in models_of(pipe).values():
+        # diffusers empties the dictionary that it is given
+        model.set_attn_processor(dict(given) if isinstance(given, dict) else given)
+
+
+def session_of(target: Any) -> Session:
+    """What is known of a prepared pipeline's latest call: ``session_of(pipe).log.density``.
+
+    Raises:
+        InputError: it was never prepared.
+    """
+    for model in models_of(target).values():
+        session = getattr(model, ATTRIBUTE, None)
+        if session is not None:
+            return session
+    raise InputError(
+        f"session_of: expected a pipeline after accelerate or load, got a {type(target).__name__} "
+        "that was never prepared"
+    )
+
+
+def prepare(target: Any) -> Session:
+    """Install the hooks that tell processors where they are; processors stay as they are.
+
+    Transformers of one pipeline share a session, so that steps go on where one hands over to the
+    next. Without effect on what was prepared before.
+    """
+    models = models_of(target)
+    known = [getattr(model, ATTRIBUTE, None) for model in models.values()]
+    session = next((one for one in known if one is not None), None)
+    if session is None:
+        session = Session(target if next(iter(models.values())) is not target else None)
+    for name, model in models.items():
+        if getattr(model, ATTRIBUTE, None) is None:
+            _attach(session, name, model)
+        _note_originals(model)
+    return session
+
+
+def make_method(method: str | Method, **options: Any) -> Method:
+    """The method of a name and options, or a `Method` with another schedule.
+
+    Raises:
+        InputError: it is neither, or an option does not fit.
+    """
+    if isinstance(method, str):
+        return presets.build(method, **options)
+    if not isinstance(method, Method):
+        raise InputError(
+            f"method: expected a preset's name or a Method, got {type(method).__name__}"
+        )
+    schedule = {"dense_steps", "dense_layers"}
+    for name in options:
+        if name not in schedule:
+            raise InputError(
+                f"{method.name}: expected only dense_steps or dense_layers beside a Method, got "
+                f"{name!r}"
+            )
+    if not options:
+        return method
+    kept = {name: getattr(method.schedule, name) for name in schedule}
+    return replace(
+        method,
+        schedule=Schedule(**{**kept, **options}),
+        options={**method.options, **options},
+    )
+
+
+def _family(model: Any) -> Family:
+    family = family_of(model)
+    assert family is not None
+    return family
+
+
+def _attach(session: Session, name: str, model: Any) -> None:
+    family = _family(model)
+    modules = family.self_attention(model)
+    for layer, attn in enumerate(modules):
+        setattr(attn, ATTRIBUTE, Binding(session, name, layer, len(modules)))
+    session.hosts[name] = weakref.ref(model)
+    session.originals[name] = {}
+    setattr(model, ATTRIBUTE, session)
+    setattr(model, _HOOK, RootHook(name, model, family, session))
+
+
+def _note_originals(model: Any) -> None:
+    """Remember every processor that is not ours, for `restore`."""
+    session, ours = getattr(model, ATTRIBUTE), _family(model).processor_type
+    name = next(key for key, known in session.models if known is model)
+    for path, module in model.named_modules():
+        if hasattr(module, "set_processor") and not isinstance(module.processor, ours):
+            session.originals[name][path] = module.processor
+
+
+def _keep_backend(old: Any, new: Any) -> None:
+    """``model.set_attention_backend`` outlives a change of processors."""
+    for name in ("_attention_backend", "_parallel_config"):
+        if hasattr(old, name) and hasattr(new, name):
+            setattr(new, name, getattr(old, name))
+
+
+def _check_layers(method: Method, name: str, count: int) -> None:
+    for layer in method.schedule.dense_layers:
+        if not -count <= layer < count:
+            raise InputError(
+                f"dense_layers: expected layers from {-count} to {count - 1} of {name}, got {layer}"
+            )
