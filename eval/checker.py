@@ -85,7 +85,9 @@ def _presence(frames: Tensor) -> Tensor:
     along = ((pixels @ axis) / axis.square().sum().clamp(min=1e-8)).clamp(0, 1)
     distance = (pixels - along[..., None] * axis).norm(dim=-1)
     # Full presence is the colour of the shape: the far end of what differs.
-    peak = distance.flatten(1).topk(max(8, distance[0].numel() // 400), dim=1).values[:, -1].median()
+    peak = (
+        distance.flatten(1).topk(max(8, distance[0].numel() // 400), dim=1).values[:, -1].median()
+    )
     return (distance / peak.clamp(min=0.2)).clamp(0, 1)
 
 

@@ -8,9 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_summary.api import check_blocks, check_valid
-
-BACKENDS = ("auto", "reference")
+from dit_accel.kernels.block_summary.api import check_blocks, check_valid, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +75,9 @@ def block_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or gradients are asked for.
     """
-    from dit_accel.kernels.block_attention import reference
+    from dit_accel.kernels.block_attention import batched, reference
 
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    chosen = resolve(backend, q)
     if q.ndim != 4 or q.shape != k.shape or k.shape != v.shape:
         raise ValueError(
             f"q, k, v: expected one shape [B, H, L, D], got {list(q.shape)}, {list(k.shape)}, "
@@ -105,7 +102,8 @@ def block_attention(
         raise ValueError(f"rest: expected k_var for weight {rest.weight!r}, got None")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("q, k, v: expected no gradient to be asked for: run under torch.no_grad()")
-    return reference.block_attention(
+    run = batched.block_attention if chosen == "batched" else reference.block_attention
+    return run(
         q,
         k,
         v,

@@ -7,6 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BACKENDS = ("auto", "reference", "batched")
+"""``reference`` goes head by head, for a CPU; ``batched`` takes many heads at once, for a GPU."""
+
+
+def resolve(backend: str, like: Tensor) -> str:
+    """The backend that ``auto`` means for a tensor; any other name means itself.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend != "auto":
+        return backend
+    return "reference" if like.device.type == "cpu" else "batched"
+
 
 @dataclass(frozen=True, slots=True)
 class BlockSummary:
@@ -53,7 +69,14 @@ def check_valid(key_valid: Tensor | None, like: Tensor) -> None:
         )
 
 
-def block_mean(x: Tensor, *, perm: Tensor, offsets: Tensor, valid: Tensor | None = None) -> Tensor:
+def block_mean(
+    x: Tensor,
+    *,
+    perm: Tensor,
+    offsets: Tensor,
+    valid: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Mean of every block's tokens.
 
     Args:
@@ -61,15 +84,17 @@ def block_mean(x: Tensor, *, perm: Tensor, offsets: Tensor, valid: Tensor | None
         perm: int64 ``[B|1, H|1, L]``.
         offsets: int32 ``[B|1, H|1, N + 1]``.
         valid: bool ``[B, L]``; tokens to count, all by default.
+        backend: ``"auto"``, or a name from `BACKENDS`; a named one never falls back.
 
     Returns:
         ``[B, H, N, D]``, fp32 (fp64 for fp64 inputs); zero where a block is empty.
     """
-    from dit_accel.kernels.block_summary import reference
+    from dit_accel.kernels.block_summary import batched, reference
 
     check_blocks("x", perm, offsets, x)
     check_valid(valid, x)
-    return reference.block_mean(x, perm, offsets, valid)
+    run = batched if resolve(backend, x) == "batched" else reference
+    return run.block_mean(x, perm, offsets, valid)
 
 
 def block_summary(
@@ -82,6 +107,7 @@ def block_summary(
     key_valid: Tensor | None = None,
     k_var: bool = False,
     cov: bool = False,
+    backend: str = "auto",
 ) -> BlockSummary:
     """Means, counts and, if asked for, variances and covariances of every key block.
 
@@ -95,16 +121,18 @@ def block_summary(
         key_valid: bool ``[B, L]``; keys that count, all by default.
         k_var: compute ``k_var``.
         cov: compute ``cov_sum`` and ``cov_norm``.
+        backend: ``"auto"``, or a name from `BACKENDS`; a named one never falls back.
 
     Returns:
         ``count`` int64 ``[B|1, H|1, N]``; ``k_mean``, ``v_mean``, ``k_var`` ``[B, H, N, D]``;
         ``cov_sum`` ``[B, H, D, D]`` (keys by values); ``cov_norm`` ``[B, H, N]``. Floats are fp32
         (fp64 for fp64 inputs). Everything is zero where a block has no valid key.
     """
-    from dit_accel.kernels.block_summary import reference
+    from dit_accel.kernels.block_summary import batched, reference
 
     if k.shape != v.shape:
         raise ValueError(f"k, v: expected one shape, got {list(k.shape)} and {list(v.shape)}")
     check_blocks("k", perm, offsets, k)
     check_valid(key_valid, k)
-    return reference.block_summary(k, v, perm, offsets, num_video, key_valid, k_var, cov)
+    run = batched if resolve(backend, k) == "batched" else reference
+    return run.block_summary(k, v, perm, offsets, num_video, key_valid, k_var, cov)

@@ -223,7 +223,9 @@ def _path(
     small = min(width, height)
     factor = SIZE_FACTOR[mover.shape]
     time = torch.linspace(0, 1, frames)
-    radius = torch.full((frames,), rng.uniform(0.115, 0.165) if small == 1 else rng.uniform(0.09, 0.12))
+    radius = torch.full(
+        (frames,), rng.uniform(0.115, 0.165) if small == 1 else rng.uniform(0.09, 0.12)
+    )
     angle = torch.full((frames,), rng.uniform(-0.12, 0.12))
     if mover.motion in ("grow", "shrink"):
         low, high = rng.uniform(0.06, 0.085), rng.uniform(0.19, 0.26)
@@ -327,9 +329,7 @@ def signed_distance(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor, angle
     rho = torch.sqrt(dx * dx + dy * dy + 1e-12)
     theta = torch.atan2(dx, -dy) - angle
     result = rho - radius
-    for index, (corners, inner) in enumerate(
-        ((4, None), (3, None), (5, STAR_INNER)), start=1
-    ):
+    for index, (corners, inner) in enumerate(((4, None), (3, None), (5, STAR_INNER)), start=1):
         sector = 2 * math.pi / corners
         # A square rests on its side, triangle and star stand with a corner up.
         turned = theta + (sector / 2 if corners == 4 else 0.0)

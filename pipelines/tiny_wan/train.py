@@ -107,7 +107,9 @@ def train(
 
         train_autoencoder(pipe.vae, recipe, out / "autoencoder.pt", device, write)
         latents, tokens = encode_dataset(pipe, recipe, device, write)
-        train_denoiser(pipe, latents, tokens, recipe, out / "denoiser.pt", device, write, compile_blocks)
+        train_denoiser(
+            pipe, latents, tokens, recipe, out / "denoiser.pt", device, write, compile_blocks
+        )
     weights = out / "weights"
     model.save(pipe, weights)
     return weights

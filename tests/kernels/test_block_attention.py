@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.kernels.block_attention import RestTerms, block_attention, reference
+from dit_accel.kernels.block_attention import RestTerms, batched, block_attention, reference
 from dit_accel.kernels.block_summary import block_summary
 
 EXACTLY = {"rtol": 0, "atol": 1e-12}
@@ -55,7 +55,7 @@ def run(q, k, v, queries, keys, code, valid=None, rest=None, **options):
     )
 
 
-def terms(k, v, keys, valid, kind, taylor):
+def terms(k, v, keys, valid, kind, taylor, backend="auto"):
     found = block_summary(
         k,
         v,
@@ -65,6 +65,7 @@ def terms(k, v, keys, valid, kind, taylor):
         key_valid=valid,
         k_var=True,
         cov=True,
+        backend=backend,
     )
     return RestTerms(
         found.k_mean,
@@ -88,14 +89,21 @@ CASES = [
 ]
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "batched"])
+
+
+@BACKENDS
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize(("kind", "taylor"), CASES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_clusters_follow_the_equations(oracle, kind, taylor, padded, seed):
+def test_clusters_follow_the_equations(oracle, kind, taylor, padded, seed, backend):
     q, k, v, queries, keys, code, valid = problem(seed)
     valid = valid if padded else None
-    rest = None if kind == "drop" else terms(k, v, keys, valid, kind, taylor)
-    out, lse = run(q, k, v, queries, keys, code, valid, rest, scale=0.5)
+    if valid is not None:  # what padding holds may reach no result
+        hole = ~valid[:, None, :, None]
+        k, v = k.masked_fill(hole, torch.nan), v.masked_fill(hole, torch.nan)
+    rest = None if kind == "drop" else terms(k, v, keys, valid, kind, taylor, backend)
+    out, lse = run(q, k, v, queries, keys, code, valid, rest, scale=0.5, backend=backend)
     for b in range(2):
         keep = [True] * 41 if valid is None else valid[b].tolist()
         for h in range(3):
@@ -136,6 +144,20 @@ def test_rows_taken_in_pieces_are_the_same(monkeypatch, kind, taylor):
         torch.testing.assert_close(a, b, **EXACTLY)
 
 
+@pytest.mark.parametrize(("kind", "taylor"), CASES)
+def test_heads_and_rows_taken_in_chunks_are_the_same(monkeypatch, kind, taylor):
+    q, k, v, queries, keys, code, valid = problem(3, batch=2, heads=5, length=90, nq=4, nk=6)
+    for size in (1, 200_000):
+        monkeypatch.setattr(batched, "WORKSPACE_BYTES", size)
+        monkeypatch.setattr("dit_accel.kernels.block_summary.batched.WORKSPACE_BYTES", size)
+        results = []
+        for backend in ("reference", "batched"):
+            rest = terms(k, v, keys, valid, kind, taylor, backend) if kind != "drop" else None
+            results.append(run(q, k, v, queries, keys, code, valid, rest, backend=backend))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, **EXACTLY)
+
+
 def test_the_peak_of_a_later_piece_may_be_far_above_the_first(monkeypatch):
     q, k, v, queries, keys, _, _ = problem(4, batch=1, heads=1, length=300, nq=2, nk=2)
     k = k * torch.linspace(0.1, 200, 300).view(1, 1, 300, 1)
@@ -146,7 +168,8 @@ def test_the_peak_of_a_later_piece_may_be_far_above_the_first(monkeypatch):
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-11)
 
 
-def test_every_output_is_written(monkeypatch):
+@BACKENDS
+def test_every_output_is_written(monkeypatch, backend):
     """`torch.empty` poisoned: what is not written would be NaN."""
     real = torch.empty
     monkeypatch.setattr(
@@ -157,31 +180,33 @@ def test_every_output_is_written(monkeypatch):
         ),
     )
     q, k, v, queries, keys, code, valid = problem(5)
-    rest = terms(k, v, keys, valid, "second", "rest")
-    out, lse = run(q, k, v, queries, keys, code, valid, rest)
+    rest = terms(k, v, keys, valid, "second", "rest", backend)
+    out, lse = run(q, k, v, queries, keys, code, valid, rest, backend=backend)
     assert not out.isnan().any()
     assert not lse.isnan().any()
 
 
-def test_a_plan_and_blocks_may_be_shared():
+@BACKENDS
+def test_a_plan_and_blocks_may_be_shared(backend):
     q, k, v, queries, keys, code, _ = problem(6)
     one_q = Blocks(queries.perm[:1, :1], queries.offsets[:1, :1])
     one_k = Blocks(keys.perm[:1, :1], keys.offsets[:1, :1])
-    shared = run(q, k, v, one_q, one_k, code[:1, :1])
+    shared = run(q, k, v, one_q, one_k, code[:1, :1], backend=backend)
     for b in range(2):
         for h in range(3):
             one = [x[b : b + 1, h : h + 1] for x in (q, k, v)]
-            out, lse = run(*one, one_q, one_k, code[:1, :1])
+            out, lse = run(*one, one_q, one_k, code[:1, :1], backend=backend)
             torch.testing.assert_close(out[0, 0], shared[0][b, h], **EXACTLY)
             torch.testing.assert_close(lse[0, 0], shared[1][b, h], **EXACTLY)
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_is_rounded_once(dtype):
+def test_low_precision_is_rounded_once(dtype, backend):
     """Only the output is rounded: to half a unit of the dtype, beside fp32's own error."""
     q, k, v, queries, keys, code, valid = problem(7, dtype=dtype)
-    rest = terms(k, v, keys, valid, "second", "global")
-    out, lse = run(q, k, v, queries, keys, code, valid, rest)
+    rest = terms(k, v, keys, valid, "second", "global", backend)
+    out, lse = run(q, k, v, queries, keys, code, valid, rest, backend=backend)
     fine = terms(k.double(), v.double(), keys, valid, "second", "global")
     wanted, norm = run(q.double(), k.double(), v.double(), queries, keys, code, valid, fine)
     assert out.dtype == dtype
@@ -202,7 +227,7 @@ def test_guards_name_what_is_wrong():
         ({"keys": Blocks(keys.perm[..., :5], keys.offsets)}, "k_perm: expected int64 of 41"),
         ({"keys": Blocks(keys.perm[:, :2], keys.offsets)}, r"k_perm: expected \[2\|1, 3\|1"),
         ({"valid": valid[:, :4]}, "key_valid: expected bool"),
-        ({"backend": "triton"}, "backend: expected one of auto, reference, got 'triton'"),
+        ({"backend": "triton"}, "backend: expected one of auto, reference, batched, got 'triton'"),
         ({"q": q.clone().requires_grad_()}, "torch.no_grad"),
         (
             {"rest": RestTerms(k, v, valid, weight="second")},
