@@ -8,6 +8,7 @@ of one shape (:mod:`dit_accel.pipelines.tiny_wan.scenes`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def _turned(profiles: Tensor) -> float:
     """Total turn of the outline in radians, from the shift between neighbouring frames."""
     total = 0.0
     shifts = range(-6, 7)
-    for before, after in zip(profiles[:-1], profiles[1:], strict=True):
+    for before, after in itertools.pairwise(profiles):
         costs = torch.stack([(before.roll(s) - after).square().mean() for s in shifts])
         flat = float((before - before.mean()).square().mean())
         if flat > 4e-4:

@@ -95,7 +95,8 @@ def run(
     """Generate the evaluation prompts densely and by every method, and judge them.
 
     Args:
-        methods: by name; PISA with its defaults if not given. Dense always comes first.
+        methods: by name; PISA with the options that the model suggests if not given. Dense always
+            comes first.
         model: an embedded model.
         prompts: how many, from the first.
         batch: clips generated at once.
@@ -111,7 +112,9 @@ def run(
     for name, value in (("prompts", prompts), ("batch", batch), ("steps", steps or 1)):
         if value < 1:
             raise InputError(f"{name}: expected a positive integer, got {value}")
-    chosen = {"pisa": presets.pisa()} if methods is None else dict(methods)
+    chosen = dict(methods or {})
+    if methods is None:
+        chosen["pisa"] = presets.build("pisa", **embedded.options_for(model, "pisa", {}))
     chosen = {"dense": presets.dense(), **chosen}
     call = embedded.defaults(model)
     call.update({"num_inference_steps": steps or call["num_inference_steps"]})

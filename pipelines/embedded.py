@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from dit_accel import presets
 from dit_accel.errors import InputError
 
 
@@ -27,6 +28,8 @@ class Embedded:
         summary: one line.
         folder: under this package.
         defaults: arguments of the pipeline's call that the model was made for.
+        method_options: of presets, where they have them and nothing else is said. A short sequence
+            wants smaller blocks than the presets' defaults, which are meant for large models.
         fps: frames per second that its clips were made for.
     """
 
@@ -34,6 +37,7 @@ class Embedded:
     summary: str
     folder: str
     defaults: Mapping[str, Any]
+    method_options: Mapping[str, Any]
     fps: int
 
     @property
@@ -63,6 +67,7 @@ _TABLE: Final = {
                 "guidance_scale": 6.0,
             }
         ),
+        method_options=MappingProxyType({"block_size": 16}),
         fps=8,
     )
 }
@@ -97,6 +102,20 @@ def defaults(name: str) -> dict[str, Any]:
     if name not in _TABLE:
         raise InputError(f"model: expected one of {', '.join(_TABLE)}, got {name!r}")
     return dict(_TABLE[name].defaults)
+
+
+def options_for(model: str | None, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a preset on a model: as given, and what the embedded model suggests beside it.
+
+    Args:
+        model: an embedded model's name; any other, or ``None``, suggests nothing.
+        preset: the name of a preset.
+        given: options that somebody chose.
+    """
+    inside = _TABLE.get(model) if model is not None else None
+    suggested = {} if inside is None else inside.method_options
+    known = presets.get(preset).options
+    return {**{key: value for key, value in suggested.items() if key in known}, **given}
 
 
 def vocabulary(tokenizer: Any) -> list[str]:

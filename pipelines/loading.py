@@ -62,6 +62,8 @@ def load(
     pipe.set_attn_processor = types.MethodType(plug.set_attn_processor, pipe)
     if inside is not None:
         embedded.warn_of_unknown_words(pipe, inside.name)
+        for transformer in families.models_of(pipe).values():
+            setattr(transformer, plug.EMBEDDED, inside.name)
     plug.prepare(pipe)
     return pipe
 

@@ -9,11 +9,14 @@ from typing import Any, TypeVar
 from dit_accel import presets
 from dit_accel.errors import InputError
 from dit_accel.method import Method, Schedule
+from dit_accel.pipelines import embedded
 from dit_accel.pipelines.families import Family, family_of, models_of
 from dit_accel.pipelines.hook import RootHook
 from dit_accel.pipelines.session import ATTRIBUTE, Binding, Session
 
 T = TypeVar("T")
+EMBEDDED = "_dit_accel_embedded"
+"""Name under which the transformer of an embedded model keeps that model's name."""
 _HOOK = "_dit_accel_hook"
 
 
@@ -26,7 +29,8 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
         target: a diffusers pipeline, or one of its transformers.
         method: the name of a preset, or a `Method`.
         options: of the preset, such as ``density=0.15``; ``dense_steps`` and ``dense_layers`` may
-            be given beside a `Method` too.
+            be given beside a `Method` too. What is not given is the preset's default, or what an
+            embedded model suggests (`dit_accel.pipelines.embedded.Embedded.method_options`).
 
     Returns:
         ``target`` itself.
@@ -40,10 +44,8 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
         >>> dit_accel.accelerate(pipe, "pisa", density=0.15) is pipe
         True
     """
-    made = make_method(method, **options)
     models = models_of(target)
-    for name, model in models.items():
-        _check_layers(made, name, len(_family(model).self_attention(model)))
+    made = _made_for(models, method, options)
     prepare(target)
     for model in models.values():
         family = _family(model)
@@ -110,10 +112,8 @@ def processor(target: Any, method: str | Method = "pisa", **options: Any) -> Any
         >>> ours = dit_accel.pipelines.processor(pipe, "pisa", density=0.15)
         >>> pipe.transformer.set_attn_processor(ours)
     """
-    made = make_method(method, **options)
     models = models_of(target)
-    for name, model in models.items():
-        _check_layers(made, name, len(_family(model).self_attention(model)))
+    made = _made_for(models, method, options)
     prepare(target)
     return _family(next(iter(models.values()))).processor(made)
 
@@ -211,6 +211,23 @@ def make_method(method: str | Method, **options: Any) -> Method:
     )
 
 
+def _made_for(models: dict[str, Any], method: str | Method, options: dict[str, Any]) -> Method:
+    """`make_method`, with what an embedded model suggests, and the layers checked."""
+    if isinstance(method, str):
+        name = getattr(next(iter(models.values())), EMBEDDED, None)
+        options = embedded.options_for(name, method, options)
+    made = make_method(method, **options)
+    for name, model in models.items():
+        count = len(_family(model).self_attention(model))
+        for layer in made.schedule.dense_layers:
+            if not -count <= layer < count:
+                raise InputError(
+                    f"dense_layers: expected layers from {-count} to {count - 1} of {name}, got "
+                    f"{layer}"
+                )
+    return made
+
+
 def _family(model: Any) -> Family:
     family = family_of(model)
     assert family is not None
@@ -242,11 +259,3 @@ def _keep_backend(old: Any, new: Any) -> None:
     for name in ("_attention_backend", "_parallel_config"):
         if hasattr(old, name) and hasattr(new, name):
             setattr(new, name, getattr(old, name))
-
-
-def _check_layers(method: Method, name: str, count: int) -> None:
-    for layer in method.schedule.dense_layers:
-        if not -count <= layer < count:
-            raise InputError(
-                f"dense_layers: expected layers from {-count} to {count - 1} of {name}, got {layer}"
-            )

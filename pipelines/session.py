@@ -1,4 +1,4 @@
-"""What a pipeline's processors share: the facts of the running forward, the state, the densities."""
+"""What a pipeline's processors share: facts of the running forward, state, densities."""
 
 from __future__ import annotations
 

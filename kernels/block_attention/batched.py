@@ -116,7 +116,7 @@ def _attend(
     rest: RestTerms | None,
     heads: slice,
 ) -> tuple[Tensor, Tensor]:
-    """``out`` ``[B, h, G, n, D]`` and ``lse`` ``[B, h, G, n]`` of scaled queries ``[B, h, G, n, D]``."""
+    """``out`` and ``lse`` ``[B, h, G, n]`` of scaled queries ``[B, h, G, n, D]``."""
     chosen_keys, values, keep = keys.of(code == 1, most)
     logits = query @ chosen_keys.mT
     logits.masked_fill_(~keep.unsqueeze(-2), -torch.inf)

@@ -308,7 +308,7 @@ def stage(scenes: Sequence[Scene], rngs: Sequence[random.Random], frames: int) -
 
 
 def render(batch: Batch, height: int, width: int) -> Tensor:
-    """Draw clips, anti-aliased: fp32 ``[B, 3, T, height, width]`` in [-1, 1], as a VAE takes them."""
+    """Draw clips, anti-aliased: fp32 ``[B, 3, T, height, width]`` in [-1, 1], as for a VAE."""
     device = batch.paths.device
     y = (torch.arange(height, device=device) + 0.5) / height
     x = (torch.arange(width, device=device) + 0.5) / height
