@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from dit_accel import presets
 from dit_accel.errors import InputError
 from dit_accel.eval import checker
+from dit_accel.eval.fidelity import psnr
 from dit_accel.method import Method
 from dit_accel.pipelines import accelerate, embedded, load, restore, session_of
 from dit_accel.pipelines.tiny_wan import scenes
@@ -133,16 +133,21 @@ def run(
         **call,
     }
     dense: list[Tensor] = []
-    checks = []
+    checks: list[MethodCheck] = []
     for name, method in chosen.items():
         accelerate(pipe, method)
+
+        def done(count: int, name: str = name) -> None:
+            if progress is not None:
+                progress(name, count, prompts)
+
         frames, density, seconds = _generate(
             pipe,
             [scene.caption() for scene in wanted],
             seed,
             batch,
             call,
-            lambda done, name=name: progress(name, done, prompts) if progress else None,
+            done,
         )
         if not checks:
             dense = frames
@@ -184,11 +189,9 @@ def _generate(
 
 def _judge(scene: scenes.Scene, seed: int, clip: Tensor, dense: Tensor | None) -> Clip:
     found = checker.inspect(clip)
-    psnr = None
-    if dense is not None:
-        psnr = float(peak_signal_noise_ratio(clip, dense, data_range=1.0))
+    ratio = None if dense is None else psnr(clip, dense)
     seen = {name: getattr(found, name) for name in checker.ATTRIBUTES}
-    return Clip(scene.caption(), seed, seen, found.agrees(scene), psnr)
+    return Clip(scene.caption(), seed, seen, found.agrees(scene), ratio)
 
 
 def _summed(

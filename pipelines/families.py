@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
-from torch import nn
-
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.types import Geometry
@@ -29,7 +27,7 @@ class Family:
     name: str
     processor: Callable[[Method], Any]
     processor_type: type
-    self_attention: Callable[[Any], list[nn.Module]]
+    self_attention: Callable[[Any], list[Any]]
     geometry: Callable[[Any, Mapping[str, Any]], Geometry]
 
 

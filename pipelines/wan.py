@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
@@ -117,7 +117,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def _self_attention(model: Any) -> list[nn.Module]:
+def _self_attention(model: Any) -> list[Any]:
     return [block.attn1 for block in model.blocks]
 
 

@@ -93,8 +93,9 @@ def block_mean(
 
     check_blocks("x", perm, offsets, x)
     check_valid(valid, x)
-    run = batched if resolve(backend, x) == "batched" else reference
-    return run.block_mean(x, perm, offsets, valid)
+    batch_them = resolve(backend, x) == "batched"
+    run = batched.block_mean if batch_them else reference.block_mean
+    return run(x, perm, offsets, valid)
 
 
 def block_summary(
@@ -134,5 +135,6 @@ def block_summary(
         raise ValueError(f"k, v: expected one shape, got {list(k.shape)} and {list(v.shape)}")
     check_blocks("k", perm, offsets, k)
     check_valid(key_valid, k)
-    run = batched if resolve(backend, k) == "batched" else reference
-    return run.block_summary(k, v, perm, offsets, num_video, key_valid, k_var, cov)
+    batch_them = resolve(backend, k) == "batched"
+    run = batched.block_summary if batch_them else reference.block_summary
+    return run(k, v, perm, offsets, num_video, key_valid, k_var, cov)

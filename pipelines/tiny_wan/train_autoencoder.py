@@ -66,8 +66,8 @@ def train_autoencoder(
     started = time.perf_counter()
     for step in range(first, recipe.autoencoder_steps):
         clips = _autoencoder_batch(recipe, step, device)
-        latent = (len(clips), vae.config.z_dim, 1 + (clips.shape[2] - 1) // 2)
-        latent = (*latent, clips.shape[3] // 8, clips.shape[4] // 8)
+        cells = (1 + (clips.shape[2] - 1) // 2, clips.shape[3] // 8, clips.shape[4] // 8)
+        latent = (len(clips), vae.config.z_dim, *cells)
         noise = noise_of(latent, f"{recipe.seed}/ae/{step}", device)
         rate = rate_at(step, recipe.autoencoder_steps, 100, 0.9)
         fill_lr([optimizer], recipe.autoencoder_lr * rate)

@@ -112,7 +112,8 @@ def embed(pipe: WanPipeline, words: Tensor) -> Tensor:
 
 def _optimizers(modules: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in modules.named_parameters():
         inner = name.startswith("transformer.blocks.") and p.ndim == 2
         (matrices if inner else others).append(p)

@@ -1,0 +1,135 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dit_accel.errors import InputError
+
+out = Console()
+"""For results."""
+err = Console(stderr=True)
+"""For progress and warnings."""
+
+
+def progress() -> Progress:
+    """A progress bar, on stderr."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+    )
+
+
+def quiet() -> None:
+    """Take the loading bars of other libraries away, and tell our warnings in one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+    from dit_accel.pipelines.embedded import VocabularyWarning
+
+    def show(message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:
+        err.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
+
+    warnings.showwarning = show
+    warnings.simplefilter("once", VocabularyWarning)
+
+
+def parse_set(preset: str, words: Iterable[str]) -> dict[str, Any]:
+    """The options that ``--set name=value`` asks for.
+
+    Raises:
+        InputError: there is no ``=``, the option is unknown or given twice, or does not fit.
+    """
+    from dit_accel import presets
+
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise InputError(f"--set: expected name=value, got {word!r}")
+        if name in options:
+            raise InputError(f"--set: expected {name} once, got it twice")
+        options[name] = presets.parse_option(preset, name, text)
+    return options
+
+
+def method_options(
+    method: str,
+    density: float | None = None,
+    settings: Iterable[str] = (),
+    dense_steps: str | None = None,
+    dense_layers: str | None = None,
+) -> dict[str, Any]:
+    """Options of a preset from a command line.
+
+    Raises:
+        InputError: the preset or an option is unknown, given twice, or does not fit.
+    """
+    from dit_accel import presets
+
+    presets.get(method)
+    words = [
+        f"{name}={value}"
+        for name, value in (
+            ("density", density),
+            ("dense_steps", dense_steps),
+            ("dense_layers", dense_layers),
+        )
+        if value is not None
+    ]
+    return parse_set(method, [*words, *settings])
+
+
+def dtype_of(name: str | None) -> Any:
+    """A torch dtype by name, such as ``bf16`` or ``float32``.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    import torch
+
+    known = {
+        "fp32": torch.float32,
+        "float32": torch.float32,
+        "bf16": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "fp16": torch.float16,
+        "float16": torch.float16,
+    }
+    if name is None:
+        return None
+    if name not in known:
+        raise InputError(f"dtype: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def device_of(name: str | None) -> str:
+    """The device asked for, or the GPU if there is one, or the CPU."""
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
