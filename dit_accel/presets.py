@@ -77,7 +77,7 @@ def preset(
                 raise InputError(f"{name}: expected options by keyword only, got {args!r}")
             values = checked(name, options, kwargs)
             method = function(**values)  # type: ignore[call-arg]
-            return replace(method, name=name, options=MappingProxyType(values))
+            return replace(method, name=name, options=values)
 
         _TABLE[name] = Preset(name, summary, paper, deviations, MappingProxyType(options), make)
         return make

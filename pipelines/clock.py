@@ -99,6 +99,7 @@ class Clock:
             by_value = self._by_value
             self.reset()
             self._timesteps, self._by_value, first = timesteps, by_value, True
+            index = max(index, 0)
         if index != self._step:
             self._branches = max(self._branches, len(self._seen))
             self._seen = []

@@ -45,9 +45,20 @@ def _run(words: list[str]) -> int:
         tell = getattr(error, "format_message", None)
         if tell is None:
             raise
-        print(f"error: {' '.join(tell().split())} (see dit-accel --help)", file=sys.stderr)
+        text = " ".join(tell().split()).partition(", unable to parse")[0]
+        print(f"error: {text}{_came(error, words)} (see dit-accel --help)", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     return result if isinstance(result, int) else 0
+
+
+def _came(error: Exception, words: list[str]) -> str:
+    """What stood after the option that an error of the parser is about."""
+    names = getattr(getattr(error, "param", None), "opts", ())
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in names and (equals or words[i + 1 : i + 2]):
+            return f", got {(value if equals else words[i + 1])!r}"
+    return ""
 
 
 def _told(error: BaseException, code: int, debug: bool) -> int:
