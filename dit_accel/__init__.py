@@ -11,7 +11,14 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# In a clone the parts of this package lie beside it. Python started there finds this folder first,
+# whatever is installed, and must find the parts as well.
+_clone = Path(__file__).parents[1]
+if (_clone / "kernels").is_dir() and (_clone / "pyproject.toml").is_file():
+    __path__.append(str(_clone))
 
 from dit_accel import presets
 from dit_accel.errors import InputError
