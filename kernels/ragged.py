@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 16 * 2**20
+WORKSPACE_BYTES = 8 * 2**20
 """What one chunk of a reference may take. Chunks of this size stay in a CPU's last-level cache."""
 
 

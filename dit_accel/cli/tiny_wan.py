@@ -110,15 +110,20 @@ def check(
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     target: Annotated[Path | None, typer.Option("--out", help="Also write JSON there.")] = None,
     sheet: Annotated[
-        Path | None, typer.Option(help="Also write a contact sheet of the first prompts (png).")
+        Path | None, typer.Option(help="Also write a contact sheet of some prompts (png).")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Prompts on the contact sheet.")] = 6,
+    rows: Annotated[
+        int, typer.Option(help="Prompts on the contact sheet, evenly from the first to the last.")
+    ] = 6,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
     """Generate prompts of held-out combinations densely and by a method, and judge both."""
     from dit_accel import presets
     from dit_accel.pipelines import embedded, media
 
+    rows = min(rows, prompts)
+    if rows < 1:
+        raise InputError(f"rows: expected a positive integer, got {rows}")
     for path in (target, sheet):
         if path is not None:
             media.check_writable(path, force=force)
@@ -129,10 +134,11 @@ def check(
     from dit_accel.eval import prompt_check, records
     from dit_accel.eval.contact_sheet import contact_sheet
 
+    shown = [(2 * i + 1) * prompts // (2 * rows) for i in range(rows)]
     kept: dict[str, list[Any]] = {}
 
     def keep(name: str, number: int, frames: Any) -> None:
-        if number < rows:
+        if number in shown:
             kept.setdefault(name, []).append(frames)
 
     with progress() as bars:
@@ -157,7 +163,7 @@ def check(
         )
     out.print(prompt_check.render(result))
     if sheet is not None:
-        captions = [clip.prompt for clip in result.methods[0].clips[:rows]]
+        captions = [result.methods[0].clips[number].prompt for number in shown]
         image = contact_sheet(kept, captions)
         media.replace_with(sheet, lambda part: image.save(part, format="PNG"))
     if target is not None:
