@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal, ParamSpec
 
 from pydantic import Field
 
+from dit_accel.cluster import KMeans
+from dit_accel.error_route import ErrorAware
 from dit_accel.errors import InputError
 from dit_accel.layout import LAYOUTS, Layout
 from dit_accel.method import Method, Schedule
@@ -139,7 +141,11 @@ Density = Annotated[
     float, Opt("share of the video's block pairs computed exactly"), Field(gt=0, le=1)
 ]
 BlockSize = Annotated[int, Opt("tokens in a block"), Field(ge=1)]
-LayoutOption = Annotated[str | Layout, Opt("order of the tokens", tuple(LAYOUTS), Layout)]
+LayoutOption = Annotated[str | Layout, Opt("order of the tokens", (*LAYOUTS, "kmeans"), Layout)]
+Clusters = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    Opt("clusters of layout=kmeans; none keeps their size what it is in the paper"),
+]
 RestOption = Annotated[
     str | Rest,
     Opt(
@@ -155,6 +161,8 @@ WeightOption = Annotated[
 
 
 def _layout(choice: str | Layout, block_size: int) -> Layout:
+    if choice == "kmeans":
+        return KMeans()
     return LAYOUTS[choice](block_size) if isinstance(choice, str) else choice
 
 
@@ -228,6 +236,58 @@ def pisa(
     return Method(
         _layout(layout, block_size),
         chosen,
+        _rest(rest, taylor, weight),
+        Schedule(dense_steps, dense_layers),
+    )
+
+
+@preset(
+    "SVG-EAR: semantic clusters, centroids for what is not computed, routing by their error",
+    paper=Paper(
+        "SVG-EAR: Parameter-Free Linear Compensation for Sparse Video Generation via Error-aware "
+        "Routing",
+        "2603.08982",
+    ),
+    deviations=(
+        "Centroids are kept by guidance branch; share_branches=true shares them, as the public "
+        "code does.",
+        "Without q_clusters and k_clusters the number of clusters grows with the sequence, from "
+        "300 and 1000 at 75,600 tokens.",
+        "Text tokens of a joint sequence are always exact, and never part of a cluster.",
+    ),
+)
+def svg_ear(
+    density: Annotated[
+        float, Opt("share of the video's keys that a query block attends to"), Field(gt=0, le=1)
+    ] = 0.22,
+    q_clusters: Clusters = None,
+    k_clusters: Clusters = None,
+    layout: LayoutOption = "kmeans",
+    block_size: BlockSize = 64,
+    rest: RestOption = "centroid",
+    taylor: TaylorOption = "global",
+    weight: WeightOption = "second",
+    share_branches: Annotated[
+        bool, Opt("start from centroids of the call before, whatever its guidance branch")
+    ] = False,
+    seed: Annotated[int, Opt("of the first centroids"), Field(ge=0)] = 0,
+    dense_steps: DenseSteps = 0,
+    dense_layers: DenseLayers = (),
+) -> Method:
+    """SVG-EAR (arXiv 2603.08982), every component exchangeable by keyword.
+
+    ``block_size`` is for layouts other than ``"kmeans"``, the clusters' options for that one. The
+    public scripts keep the first 20% of the steps and 3% of the layers of Wan dense, and 10% and 3%
+    of HunyuanVideo.
+    """
+    chosen: Layout
+    if layout == "kmeans":
+        chosen = KMeans(q_clusters, k_clusters, share_branches=share_branches, seed=seed)
+    else:
+        chosen = _layout(layout, block_size)
+    return Method(
+        chosen,
+        ErrorAware(density),
         _rest(rest, taylor, weight),
         Schedule(dense_steps, dense_layers),
     )

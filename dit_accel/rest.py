@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
+from torch import Tensor
+
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_attention import RestTerms
 from dit_accel.layout import Blocked, Statistic
@@ -28,6 +31,17 @@ class Rest(Protocol):
     def terms(self, blocked: Blocked, ctx: Context) -> RestTerms | None:
         """What a kernel needs to know; ``None`` when nothing stands in."""
 
+    def log_weight(self, blocked: Blocked, queries: Tensor) -> Tensor:
+        """Logarithm of the weight that each key of a block gets from a query.
+
+        Args:
+            blocked: the keys and their blocks.
+            queries: ``[B, H, N, D]``, unscaled, fp32 (fp64).
+
+        Returns:
+            ``[B, H, N, Nk]``; ``-inf`` where nothing stands in.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Drop:
@@ -39,6 +53,9 @@ class Drop:
 
     def terms(self, blocked: Blocked, ctx: Context) -> RestTerms | None:
         return None
+
+    def log_weight(self, blocked: Blocked, queries: Tensor) -> Tensor:
+        return queries.new_full((*queries.shape[:3], blocked.keys.num_blocks), -torch.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +72,9 @@ class Centroid:
     def terms(self, blocked: Blocked, ctx: Context) -> RestTerms | None:
         summary = blocked.summary()
         return RestTerms(summary.k_mean, summary.v_mean, summary.count)
+
+    def log_weight(self, blocked: Blocked, queries: Tensor) -> Tensor:
+        return _centroid_logits(blocked, queries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +102,9 @@ class Taylor:
 
     def terms(self, blocked: Blocked, ctx: Context) -> RestTerms | None:
         return _with_first_order(blocked, self.taylor)
+
+    def log_weight(self, blocked: Blocked, queries: Tensor) -> Tensor:
+        return _centroid_logits(blocked, queries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +137,17 @@ class Moment:
     def terms(self, blocked: Blocked, ctx: Context) -> RestTerms | None:
         k_var = blocked.summary(*self.needs).k_var
         return replace(_with_first_order(blocked, self.taylor), k_var=k_var, weight=self.weight)
+
+    def log_weight(self, blocked: Blocked, queries: Tensor) -> Tensor:
+        k_var = blocked.summary(*self.needs).k_var
+        assert k_var is not None
+        half = (queries * blocked.scale).square() @ k_var.to(queries.dtype).mT * 0.5
+        correction = half.log1p() if self.weight == "second" else half
+        return _centroid_logits(blocked, queries) + correction
+
+
+def _centroid_logits(blocked: Blocked, queries: Tensor) -> Tensor:
+    return (queries * blocked.scale) @ blocked.summary().k_mean.to(queries.dtype).mT
 
 
 def _check_taylor(owner: str, taylor: str | None) -> None:

@@ -1,0 +1,117 @@
+"""The layout of SVG2 and SVG-EAR: blocks of tokens that mean alike, wherever they stand.
+
+Queries and keys are clustered by themselves, by batch element and head (arXiv 2505.18875,
+2603.08982).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import InputError
+from dit_accel.kernels.kmeans import kmeans
+from dit_accel.layout import TEXT_BLOCK, Blocked, cut, default_scale
+from dit_accel.types import Blocks, Context, Geometry
+
+TOKENS, QUERY_CLUSTERS, KEY_CLUSTERS = 75_600, 300, 1000
+"""The paper's numbers of clusters, and the sequence they are for (SVG-EAR, Wan at 720p)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KMeans:
+    """Euclidean k-means of queries and of keys.
+
+    The first call of a layer and guidance branch starts from tokens; later ones from where the call
+    before ended, since little moves from one denoising step to the next.
+
+    Attributes:
+        q_clusters, k_clusters: how many; by default as many as keep the clusters' mean size what it
+            is in the paper, 252 queries and 75.6 keys. Never more than tokens.
+        first_iterations, next_iterations: of the first call, and of each later one.
+        share_branches: start from the centroids of the call before whatever its guidance branch, as
+            the public code of SVG2 does to save memory.
+        seed: of the tokens to start from.
+    """
+
+    q_clusters: int | None = None
+    k_clusters: int | None = None
+    first_iterations: int = 50
+    next_iterations: int = 2
+    share_branches: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("q_clusters", "k_clusters"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"KMeans: {name}: expected a positive integer, got {value!r}")
+        for name in ("first_iterations", "next_iterations"):
+            if getattr(self, name) < 0:
+                raise InputError(f"KMeans: {name}: expected 0 or more, got {getattr(self, name)}")
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None
+    ) -> Blocked:
+        video = ctx.geometry.num_video
+        queries = min(video, self.q_clusters or -(-video * QUERY_CLUSTERS // TOKENS))
+        keys = min(video, self.k_clusters or -(-video * KEY_CLUSTERS // TOKENS))
+        return Blocked(
+            q,
+            k,
+            v,
+            self._partition("queries", q, queries, ctx),
+            self._partition("keys", k, keys, ctx),
+            ctx.geometry,
+            default_scale(q, scale),
+        )
+
+    def _partition(self, name: str, x: Tensor, clusters: int, ctx: Context) -> Blocks:
+        where = ctx.geometry
+        memory = ctx.memory
+        if self.share_branches and ctx.state is not None:
+            memory = ctx.state.slot(ctx.layer, "")
+        start, stop = where.text_span
+        if stop > start:
+            x = torch.cat([x[:, :, :start], x[:, :, stop:]], 2)
+        valid = where.key_valid
+        if valid is not None and stop > start:
+            valid = torch.cat([valid[:, :start], valid[:, stop:]], 1)
+        slot = f"kmeans {name}"
+        known = memory.get(slot)
+        if known is not None and known.shape != (*x.shape[:2], clusters, x.shape[3]):
+            known = None  # another resolution, or another batch
+        labels, centroids = kmeans(
+            x,
+            clusters,
+            iterations=self.first_iterations if known is None else self.next_iterations,
+            start=known,
+            valid=valid,
+            seed=self.seed,
+        )
+        memory[slot] = centroids
+        return _blocks(labels, clusters, where)
+
+
+def _blocks(labels: Tensor, clusters: int, where: Geometry) -> Blocks:
+    """Clusters of the video tokens, in the model's order inside each, and then the text.
+
+    Args:
+        labels: int64 ``[B, H, V]``.
+        clusters: how many, empty ones included.
+        where: of what.
+    """
+    batch, heads, _ = labels.shape
+    device = labels.device
+    start, stop = where.text_span
+    cells = labels.argsort(dim=-1, stable=True)
+    tokens = torch.where(cells < start, cells, cells + (stop - start))
+    text = torch.arange(start, stop, device=device).expand(batch, heads, -1)
+    sizes = torch.zeros(batch, heads, clusters, dtype=torch.int64, device=device)
+    sizes.scatter_add_(2, labels, torch.ones_like(labels))
+    tail = torch.tensor(cut(stop - start, TEXT_BLOCK), dtype=torch.int64, device=device)
+    sizes = torch.cat([sizes, tail.expand(batch, heads, -1)], -1)
+    offsets = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).to(torch.int32)
+    return Blocks(torch.cat([tokens, text], -1), offsets, clusters)

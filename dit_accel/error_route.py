@@ -1,0 +1,92 @@
+"""Routing by the error that a rest would leave: SVG-EAR (arXiv 2603.08982)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import InputError
+from dit_accel.kernels.error_probe import error_probe
+from dit_accel.layout import Blocked, Statistic
+from dit_accel.types import EXACT, REST, Context, Plan
+
+if TYPE_CHECKING:
+    from dit_accel.rest import Rest
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAware:
+    """The pairs whose stand-in would be furthest off, for what they cost.
+
+    ``e_ij`` is the error of the rest's weights on block ``j``, seen from the mean of query block
+    ``i`` (`dit_accel.kernels.error_probe`). Every row takes blocks by falling ``e_ij / (n_i n_j)``
+    while their keys fit the budget of ``density`` of all keys, and at least one.
+
+    The mean speaks for its queries only where these are alike, as in clusters; on blocks of unlike
+    queries routing by score may be the better choice.
+
+    Attributes:
+        density: above 0, at most 1.
+    """
+
+    density: float = 0.22
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise InputError(
+                f"ErrorAware: density: expected 0 < density <= 1, got {self.density!r}"
+            )
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return ()
+
+    def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan:
+        rows, columns = blocked.queries.num_video, blocked.keys.num_video
+        batch, heads = blocked.q.shape[:2]
+        count = blocked.summary().count[..., :columns].expand(batch, heads, columns)
+        code = torch.full(
+            (batch, heads, blocked.queries.num_blocks, blocked.keys.num_blocks),
+            EXACT,
+            dtype=torch.int8,
+            device=blocked.q.device,
+        )
+        if rows and columns:
+            queries = blocked.query_mean()[:, :, :rows]
+            error = error_probe(
+                queries,
+                blocked.k,
+                rest.log_weight(blocked, queries)[..., :columns],
+                perm=blocked.keys.perm,
+                offsets=blocked.keys.offsets,
+                num_blocks=columns,
+                scale=blocked.scale,
+                key_valid=blocked.geometry.key_valid,
+            )
+            chosen = choose_within(error, count, self.density)
+            code[:, :, :rows, :columns] = torch.where(chosen, EXACT, REST).to(torch.int8)
+        return Plan(code)
+
+
+def choose_within(error: Tensor, count: Tensor, density: float) -> Tensor:
+    """Greedy choice under a budget of keys.
+
+    Args:
+        error: ``[B, H, Nq, Nk]``, what a block's stand-in would be off by, of all its keys.
+        count: int64 ``[B, H, Nk]``, keys in a block; 0 can never be chosen.
+        density: share of all keys that a row may take, at least one block.
+
+    Returns:
+        bool, as ``error``.
+    """
+    keys = count.unsqueeze(-2)
+    ratio = torch.where(keys > 0, error / keys.clamp(min=1), -torch.inf)
+    order = ratio.argsort(dim=-1, descending=True, stable=True)
+    taken = keys.expand(error.shape).gather(-1, order)
+    budget = (count.sum(-1).double() * density).floor()[..., None, None]
+    take = (taken.cumsum(-1) <= budget) & (taken > 0)
+    take[..., 0] = taken[..., 0] > 0
+    return torch.zeros_like(take).scatter_(-1, order, take)

@@ -1,0 +1,58 @@
+"""Guards and dispatch of the error probe."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_summary.api import check_blocks, check_valid
+
+
+def error_probe(
+    queries: Tensor,
+    k: Tensor,
+    log_weight: Tensor,
+    *,
+    perm: Tensor,
+    offsets: Tensor,
+    num_blocks: int,
+    scale: float,
+    key_valid: Tensor | None = None,
+) -> Tensor:
+    """``e_ij = Σ_{m∈K_j} |exp(s q_i·k_m) - w_ij|``, by the row's largest term.
+
+    The probe of SVG-EAR (arXiv 2603.08982). Streamed: the logits ``Nq × L`` are never stored.
+
+    Args:
+        queries: ``[B, H, Nq, D]``, one for each row, fp32 (fp64).
+        k: ``[B, H, L, D]``, floating.
+        log_weight: ``[B, H, Nq, num_blocks]``, ``log w_ij``, the weight that each key of a block
+            would get instead; ``-inf`` for none.
+        perm, offsets: the key blocks, as in `block_summary`.
+        num_blocks: of them, from the first.
+        scale: of the logits.
+        key_valid: bool ``[B, L]``; keys that count, all by default.
+
+    Returns:
+        ``[B, H, Nq, num_blocks]`` in ``queries``' dtype. Every row is divided by its own largest
+        exponential, so rows cannot be compared; zero for a block without a valid key.
+
+    Raises:
+        ValueError: what was given does not fit.
+    """
+    from dit_accel.kernels.error_probe import reference
+
+    if queries.ndim != 4 or queries.shape[:2] != k.shape[:2] or queries.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"queries: expected [{k.shape[0]}, {k.shape[1]}, Nq, {k.shape[3]}], got "
+            f"{list(queries.shape)}"
+        )
+    expected = (*queries.shape[:3], num_blocks)
+    if tuple(log_weight.shape) != expected:
+        raise ValueError(f"log_weight: expected {list(expected)}, got {list(log_weight.shape)}")
+    check_blocks("k", perm, offsets, k)
+    check_valid(key_valid, k)
+    with torch.no_grad():
+        return reference.error_probe(
+            queries, k, log_weight, perm, offsets, num_blocks, scale, key_valid
+        )

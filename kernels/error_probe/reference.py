@@ -1,0 +1,51 @@
+"""The error probe in plain torch: head by head, a chunk of rows at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.ragged import WORKSPACE_BYTES, order_of
+from dit_accel.kernels.threads import num_workers, run_tasks
+
+
+def error_probe(
+    queries: Tensor,
+    k: Tensor,
+    log_weight: Tensor,
+    perm: Tensor,
+    offsets: Tensor,
+    num_blocks: int,
+    scale: float,
+    key_valid: Tensor | None,
+) -> Tensor:
+    batch, heads, rows, _ = queries.shape
+    error = torch.zeros_like(log_weight, dtype=queries.dtype)
+    workers = num_workers(k.device)
+
+    def one_head(b: int, h: int) -> None:
+        order = order_of(perm, offsets, key_valid, b, h)
+        sizes = order.sizes[:num_blocks]
+        # read once: how many tokens the blocks hold
+        count = int(sizes.sum())
+        if count == 0 or rows == 0:
+            return
+        keys = k[b, h].index_select(0, order.tokens[:count]).to(queries.dtype)
+        block = torch.arange(num_blocks, device=k.device)
+        block = block.repeat_interleave(sizes, output_size=count)
+        step = max(1, WORKSPACE_BYTES // workers // (3 * count * queries.element_size()))
+        for first in range(0, rows, step):
+            some = slice(first, first + step)
+            logits = (queries[b, h, some] * scale) @ keys.mT
+            instead = log_weight[b, h, some].to(queries.dtype)
+            instead = instead.masked_fill(sizes == 0, -torch.inf)
+            peak = torch.maximum(logits.amax(-1, keepdim=True), instead.amax(-1, keepdim=True))
+            off = (logits - peak).exp_()
+            off.sub_((instead - peak).exp_().index_select(1, block)).abs_()
+            error[b, h, some] = off.new_zeros(instead.shape).index_add_(1, block, off)
+
+    with run_tasks(workers) as run:
+        run([partial(one_head, b, h) for b in range(batch) for h in range(heads)])
+    return error
