@@ -6,28 +6,43 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_attention import block_attention
+from dit_accel.kernels.token_attention import token_attention
 from dit_accel.layout import Blocked
 from dit_accel.partial import Partial
 from dit_accel.rest import Drop, Rest
-from dit_accel.types import EXACT, Context, Plan, Report
+from dit_accel.types import EXACT, Context, Plan, Report, TokenPlan
 
 _CHUNK_BYTES = 32 * 2**20
 
 
-def attend(blocked: Blocked, plan: Plan, rest: Rest, ctx: Context) -> Partial:
+def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -> Partial:
     """Exact pairs and rest under one softmax normaliser.
 
     Always equal to ``merge`` of the exact pairs alone and the rest alone.
 
     Args:
         blocked: queries, keys, values and their blocks.
-        plan: what becomes of each pair of blocks.
-        rest: what stands in for the pairs of code ``REST``.
+        plan: what becomes of each pair of blocks, or of each pair of a query token and a block.
+        rest: what stands in for the pairs left to it.
         ctx: handed to the rest.
 
     Returns:
         The partial, in the model's order; ``out`` in ``q``'s dtype.
     """
+    if isinstance(plan, TokenPlan):
+        return Partial(
+            *token_attention(
+                blocked.q,
+                blocked.k,
+                blocked.v,
+                plan.select,
+                k_perm=blocked.keys.perm,
+                k_offsets=blocked.keys.offsets,
+                key_valid=blocked.geometry.key_valid,
+                scale=blocked.scale,
+                rest=rest.terms(blocked, ctx),
+            )
+        )
     out, lse = block_attention(
         blocked.q,
         blocked.k,
@@ -44,7 +59,7 @@ def attend(blocked: Blocked, plan: Plan, rest: Rest, ctx: Context) -> Partial:
     return Partial(out, lse)
 
 
-def direct(blocked: Blocked, plan: Plan, ctx: Context) -> Partial:
+def direct(blocked: Blocked, plan: Plan | TokenPlan, ctx: Context) -> Partial:
     """The plan's exact pairs alone."""
     return attend(blocked, plan, Drop(), ctx)
 
@@ -57,11 +72,14 @@ def dense_pairs(q: Tensor, key_valid: Tensor | None) -> Tensor:
     return (key_valid.sum(-1, dtype=torch.int64) * length).unsqueeze(1).expand(batch, heads)
 
 
-def report(blocked: Blocked, plan: Plan) -> Report:
+def report(blocked: Blocked, plan: Plan | TokenPlan) -> Report:
     """What a plan computes exactly, counted in pairs of a query and a valid key."""
     batch, heads = blocked.q.shape[:2]
     count = blocked.summary().count.expand(batch, heads, -1)
     sizes = blocked.queries.sizes.expand(batch, heads, -1)
+    if isinstance(plan, TokenPlan):
+        exact = _count_tokens(plan.select.expand(batch, heads, -1, -1), count)
+        return Report(exact, dense_pairs(blocked.q, blocked.geometry.key_valid))
     code = plan.code.expand(batch, heads, -1, -1)
     exact = torch.empty(batch, heads, dtype=torch.int64, device=count.device)
     # a few heads at a time; a row's keys are below 2**24, so fp32 counts them exactly
@@ -71,3 +89,13 @@ def report(blocked: Blocked, plan: Plan) -> Report:
         keys = (code[:, some] == EXACT).float() @ count[:, some].float().unsqueeze(-1)
         exact[:, some] = (keys.squeeze(-1).double() * sizes[:, some]).sum(-1).long()
     return Report(exact, dense_pairs(blocked.q, blocked.geometry.key_valid))
+
+
+def _count_tokens(select: Tensor, count: Tensor) -> Tensor:
+    """int64 ``[B, H]``: pairs of a query token and a valid key of a block that it selects."""
+    batch, heads = select.shape[:2]
+    exact = torch.empty(batch, heads, dtype=torch.int64, device=select.device)
+    for b in range(batch):
+        for h in range(heads):
+            exact[b, h] = (select[b, h].sum(0) * count[b, h]).sum()
+    return exact

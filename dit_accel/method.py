@@ -104,6 +104,13 @@ class Method:
                 "Method: expected a layout, a route and a rest, or none of the three (dense), got "
                 f"{self.layout!r}, {self.route!r}, {self.rest!r}"
             )
+        refuses = getattr(self.route, "refuses", None)
+        reason = None if refuses is None else refuses(self.rest)
+        if reason is not None:
+            raise InputError(
+                f"Method: expected a rest that {type(self.route).__name__} can be combined with, "
+                f"got {self.rest!r}: {reason}"
+            )
 
     def is_dense(self, ctx: Context) -> bool:
         """Whether this call would run dense attention."""

@@ -25,6 +25,7 @@ from dit_accel.method import Method, Schedule
 from dit_accel.options import Opt, Option, checked, closest, find, options_of
 from dit_accel.rest import Centroid, Drop, FirstOrder, Moment, Rest, Taylor
 from dit_accel.route import Everything, PooledScore, Route
+from dit_accel.token_route import Gate
 
 P = ParamSpec("P")
 
@@ -288,6 +289,48 @@ def svg_ear(
     return Method(
         chosen,
         ErrorAware(density),
+        _rest(rest, taylor, weight),
+        Schedule(dense_steps, dense_layers),
+    )
+
+
+@preset(
+    "VMoBA: every query token chooses key blocks; time, space and space-time blocks by layer",
+    paper=Paper("VMoBA: Mixture-of-Block Attention for Video Diffusion Models", "2506.23858"),
+    deviations=(
+        "The paper trains with it; without training it keeps the first denoising steps dense, 12 "
+        "of 50: dense_steps=0.24.",
+        "rest='centroid' and others stand in for what the paper drops.",
+        "Text tokens of a joint sequence select everything, and are selected by all.",
+    ),
+)
+def vmoba(
+    threshold: Annotated[
+        float,
+        Opt("share of the gate, or of the pairs with mode=topk, to select"),
+        Field(gt=0, le=1),
+    ] = 0.25,
+    scope: Annotated[
+        Literal["head", "token"], Opt("choose among all pairs of a head, or token by token")
+    ] = "head",
+    mode: Annotated[
+        Literal["threshold", "topk"], Opt("by the sum of the gates, or by their number")
+    ] = "threshold",
+    layout: LayoutOption = "cyclic",
+    block_size: BlockSize = 64,
+    rest: RestOption = "drop",
+    taylor: TaylorOption = "global",
+    weight: WeightOption = "second",
+    dense_steps: DenseSteps = 0,
+    dense_layers: DenseLayers = (),
+) -> Method:
+    """VMoBA (arXiv 2506.23858), every component exchangeable by keyword.
+
+    ``block_size`` is for layouts other than ``"cyclic"``.
+    """
+    return Method(
+        _layout(layout, block_size),
+        Gate(threshold, scope, mode),
         _rest(rest, taylor, weight),
         Schedule(dense_steps, dense_layers),
     )

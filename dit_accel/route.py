@@ -1,7 +1,8 @@
 """Routes: which pairs of blocks deserve exact attention.
 
-A route is called as ``route(blocked, rest, ctx) -> Plan``. It decides over video blocks only: rows
-and columns of text blocks are exact whatever it says.
+A route is called as ``route(blocked, rest, ctx) -> Plan | TokenPlan``. It decides over video blocks
+only: rows and columns of text blocks are exact whatever it says. One that some rests make no sense
+with has a method ``refuses(rest)``, which gives the reason or ``None``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.layout import Blocked, Statistic
-from dit_accel.types import EXACT, REST, Context, Plan
+from dit_accel.types import EXACT, REST, Context, Plan, TokenPlan
 
 if TYPE_CHECKING:
     from dit_accel.rest import Rest
@@ -31,7 +32,7 @@ class Route(Protocol):
     def needs(self) -> tuple[Statistic, ...]:
         """Parts of the summary that it reads."""
 
-    def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan: ...
+    def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan | TokenPlan: ...
 
 
 @dataclass(frozen=True, slots=True)

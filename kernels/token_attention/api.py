@@ -1,0 +1,80 @@
+"""Guards and dispatch of token attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.block_summary.api import check_blocks, check_valid
+
+
+def token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select: Tensor,
+    *,
+    k_perm: Tensor,
+    k_offsets: Tensor,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    rest: RestTerms | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention by a plan over pairs of a query token and a key block.
+
+    Args:
+        q, k, v: ``[B, H, L, D]`` floating, any strides, in the model's order.
+        select: bool ``[B|1, H|1, L, Nk]``, query tokens in the model's order; ``True`` is exact,
+            ``False`` left to ``rest`` (left out without one).
+        k_perm: int64 ``[B|1, H|1, L]``, the order of the keys.
+        k_offsets: int32 ``[B|1, H|1, Nk + 1]``, where the order is cut into blocks.
+        key_valid: bool ``[B, L]``; ``False`` keys are never read.
+        scale: of the logits; ``D ** -0.5`` by default.
+        rest: what stands in for the blocks not selected; ``cov_scope="rest"`` is refused, since
+            every token would need a covariance of its own.
+
+    Returns:
+        ``out`` ``[B, H, L, D]`` in ``q``'s dtype; ``lse`` ``[B, H, L]``, natural log, in fp32 (fp64
+        for fp64). A row without any key is ``(0, -inf)``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or gradients are asked for.
+    """
+    from dit_accel.kernels.token_attention import reference
+
+    if q.ndim != 4 or q.shape != k.shape or k.shape != v.shape:
+        raise ValueError(
+            f"q, k, v: expected one shape [B, H, L, D], got {list(q.shape)}, {list(k.shape)}, "
+            f"{list(v.shape)}"
+        )
+    check_blocks("k", k_perm, k_offsets, k)
+    check_valid(key_valid, k)
+    batch, heads, length, depth = q.shape
+    blocks = k_offsets.shape[-1] - 1
+    if (
+        select.dtype != torch.bool
+        or select.ndim != 4
+        or tuple(select.shape[2:]) != (length, blocks)
+        or select.shape[0] not in (1, batch)
+        or select.shape[1] not in (1, heads)
+    ):
+        raise ValueError(
+            f"select: expected bool [{batch}|1, {heads}|1, {length}, {blocks}], got "
+            f"{select.dtype} {list(select.shape)}"
+        )
+    if rest is not None and rest.cov_sum is not None and rest.cov_scope == "rest":
+        raise ValueError("rest: expected cov_scope 'global' for token attention, got 'rest'")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("q, k, v: expected no gradient to be asked for: run under torch.no_grad()")
+    return reference.token_attention(
+        q,
+        k,
+        v,
+        select,
+        k_perm,
+        k_offsets,
+        key_valid,
+        depth**-0.5 if scale is None else scale,
+        rest,
+    )
