@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.kernels.block_attention import block_attention
 from dit_accel.kernels.token_attention import token_attention
 from dit_accel.layout import Blocked
-from dit_accel.partial import Partial
+from dit_accel.partial import Partial, merge
 from dit_accel.rest import Drop, Rest
 from dit_accel.types import EXACT, Context, Plan, Report, TokenPlan
 
@@ -29,6 +29,10 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
     Returns:
         The partial, in the model's order; ``out`` in ``q``'s dtype.
     """
+    outside = getattr(rest, "outside", None)
+    kept: Partial | None = None if outside is None else outside(blocked, plan, ctx)
+    if kept is not None:
+        return merge(direct(blocked, plan, ctx), kept)
     if isinstance(plan, TokenPlan):
         return Partial(
             *token_attention(

@@ -135,7 +135,7 @@ def _type_in_words(hint: Any, opt: Opt) -> str:
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Option]:
-    """The options that a function's keyword parameters declare.
+    """The options that a function's keyword parameters declare; ``**options`` declares none.
 
     Raises:
         TypeError: a parameter has no `Opt` or no default: a mistake in the preset.
@@ -143,6 +143,8 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     hints = get_type_hints(function, include_extras=True)
     found: dict[str, Option] = {}
     for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            continue
         hint = hints[name]
         opts = [extra for extra in get_args(hint)[1:] if isinstance(extra, Opt)]
         if len(opts) != 1 or parameter.default is inspect.Parameter.empty:

@@ -9,125 +9,36 @@ True
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Annotated, Any, Literal, ParamSpec
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from dit_accel.cluster import KMeans
 from dit_accel.error_route import ErrorAware
-from dit_accel.errors import InputError
+from dit_accel.flashblock import Cycle, around
 from dit_accel.layout import LAYOUTS, Layout
 from dit_accel.method import Method, Schedule
-from dit_accel.options import Opt, Option, checked, closest, find, options_of
+from dit_accel.options import Opt
+from dit_accel.registry import Paper, Preset, build, catalogue, get, parse_option, preset
 from dit_accel.rest import Centroid, Drop, FirstOrder, Moment, Rest, Taylor
 from dit_accel.route import Everything, PooledScore, Route
 from dit_accel.token_route import Gate
 
-P = ParamSpec("P")
-
-
-@dataclass(frozen=True, slots=True)
-class Paper:
-    """Where a method comes from: the title, and the number on arXiv."""
-
-    title: str
-    arxiv: str
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """One row of the table.
-
-    Attributes:
-        name: what `build` knows it by.
-        summary: one line.
-        paper: where it comes from; ``None`` for what is nobody's.
-        deviations: where it differs from the paper, one sentence each.
-        options: by name, in the order of the signature.
-        make: builds the method from options that were checked.
-    """
-
-    name: str
-    summary: str
-    paper: Paper | None
-    deviations: tuple[str, ...]
-    options: MappingProxyType[str, Option]
-    make: Callable[..., Method]
-
-
-_TABLE: dict[str, Preset] = {}
-
-
-def preset(
-    summary: str, *, paper: Paper | None = None, deviations: tuple[str, ...] = ()
-) -> Callable[[Callable[P, Method]], Callable[P, Method]]:
-    """Register a function of keyword options as a preset, under the function's name.
-
-    Every parameter is ``Annotated[type, Opt("help"), ...]`` with a default. Calls are checked
-    before the function runs, and the method is given the name and the effective options.
-    """
-
-    def register(function: Callable[P, Method]) -> Callable[P, Method]:
-        name, options = function.__name__, options_of(function)
-
-        @functools.wraps(function)
-        def make(*args: P.args, **kwargs: P.kwargs) -> Method:
-            if args:
-                raise InputError(f"{name}: expected options by keyword only, got {args!r}")
-            values = checked(name, options, kwargs)
-            method = function(**values)  # type: ignore[call-arg]
-            return replace(method, name=name, options=values)
-
-        _TABLE[name] = Preset(name, summary, paper, deviations, MappingProxyType(options), make)
-        return make
-
-    return register
-
-
-def catalogue() -> tuple[Preset, ...]:
-    """All presets, by name."""
-    return tuple(_TABLE[name] for name in sorted(_TABLE))
-
-
-def get(name: str) -> Preset:
-    """One row of the table.
-
-    Raises:
-        InputError: there is none of this name.
-    """
-    if not isinstance(name, str) or name not in _TABLE:
-        raise InputError(
-            f"method: expected one of {', '.join(sorted(_TABLE))}, got {name!r}"
-            f"{closest(name, _TABLE)}"
-        )
-    return _TABLE[name]
-
-
-def build(name: str, **options: Any) -> Method:
-    """The method of a preset.
-
-    Args:
-        name: of the preset.
-        options: its options; see `catalogue`.
-
-    Raises:
-        InputError: the name, an option or a value is not known or does not fit.
-    """
-    return get(name).make(**options)
-
-
-def parse_option(name: str, key: str, text: str) -> Any:
-    """The value that ``--set key=text`` means for a preset.
-
-    Raises:
-        InputError: the preset or the option is unknown, or the value does not fit.
-    """
-    return find(name, get(name).options, key).parse(name, text)
-
+__all__ = [
+    "Paper",
+    "Preset",
+    "build",
+    "catalogue",
+    "dense",
+    "flashblock",
+    "get",
+    "parse_option",
+    "pisa",
+    "svg_ear",
+    "vmoba",
+]
 
 # --- options that several presets share -----------------------------------------------------------
 
@@ -333,4 +244,50 @@ def vmoba(
         Gate(threshold, scope, mode),
         _rest(rest, taylor, weight),
         Schedule(dense_steps, dense_layers),
+    )
+
+
+@preset(
+    "FlashBlock: what a sparse method leaves out, computed now and then, and kept in between",
+    paper=Paper(
+        "FlashBlock: Attention Caching for Efficient Long-Context Block Diffusion", "2602.05305"
+    ),
+    deviations=(
+        "On a bidirectional model the outside is the exact complement of the inner method's plan; "
+        "layout and plan are frozen between refreshes.",
+        "A refresh computes every pair, so it costs as much as dense attention.",
+        "Block diffusion with a cached context is not there yet.",
+    ),
+    inherits="inner",
+)
+def flashblock(
+    inner: Annotated[
+        str | Method,
+        Opt(
+            "the sparse method; its options are taken as well", ("pisa", "svg_ear", "vmoba"), Method
+        ),
+    ] = "pisa",
+    refresh: Annotated[
+        int, Opt("denoising steps from one computation of the outside to the next"), Field(ge=1)
+    ] = 5,
+    layers: Annotated[
+        tuple[int, ...] | None, Opt("layers that keep their outside; none means all")
+    ] = None,
+    budget_gib: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Opt("GiB that everything kept may take; none is no limit"),
+    ] = None,
+    dense_steps: DenseSteps = 0,
+    dense_layers: DenseLayers = (),
+    **inner_options: Any,
+) -> Method:
+    """FlashBlock (arXiv 2602.05305) around a sparse method, such as ``inner="pisa", density=0.15``.
+
+    The inner method's rest serves its route alone, and the layers that keep nothing.
+    """
+    method = build(inner, **inner_options) if isinstance(inner, str) else inner
+    budget = None if budget_gib is None else int(budget_gib * 2**30)
+    return replace(
+        around(method, Cycle(refresh, layers, budget)),
+        schedule=Schedule(dense_steps, dense_layers),
     )

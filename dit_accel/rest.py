@@ -22,7 +22,13 @@ FirstOrder = Literal["global", "rest"]
 
 @runtime_checkable
 class Rest(Protocol):
-    """Stands in for what is not computed exactly."""
+    """Stands in for what is not computed exactly.
+
+    One that remembers may also have ``outside(blocked, plan, ctx) -> Partial | None``, a partial of
+    everything that the plan leaves out, in place of `terms`; ``settled(ctx, q) -> bool``, whether
+    no statistics are needed; and ``computes_all(ctx, q) -> bool``, whether every pair will be
+    computed.
+    """
 
     @property
     def needs(self) -> tuple[Statistic, ...]:

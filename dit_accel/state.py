@@ -22,6 +22,10 @@ class State:
         """The mutable mapping of one layer and branch, made on first use."""
         return self._slots.setdefault((layer, branch), {})
 
+    def branches(self, key: str) -> set[str]:
+        """The guidance branches of which some layer remembers something under a key."""
+        return {branch for (_, branch), slot in self._slots.items() if key in slot}
+
     def clear(self) -> None:
         """Forget everything."""
         self._slots.clear()

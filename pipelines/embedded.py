@@ -114,7 +114,7 @@ def options_for(model: str | None, preset: str, given: Mapping[str, Any]) -> dic
     """
     inside = _TABLE.get(model) if model is not None else None
     suggested = {} if inside is None else inside.method_options
-    known = presets.get(preset).options
+    known = presets.get(preset).accepts(given)
     return {**{key: value for key, value in suggested.items() if key in known}, **given}
 
 

@@ -67,14 +67,17 @@ def parse_set(preset: str, words: Iterable[str]) -> dict[str, Any]:
     from dit_accel import presets
 
     options: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     for word in words:
         name, equals, text = word.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
             raise InputError(f"--set: expected name=value, got {word!r}")
-        if name in options:
+        if name in texts:
             raise InputError(f"--set: expected {name} once, got it twice")
-        options[name] = presets.parse_option(preset, name, text)
+        texts[name] = text
+    for name in sorted(texts, key=lambda name: name != presets.get(preset).inherits):
+        options[name] = presets.parse_option(preset, name, texts[name], options)
     return options
 
 
