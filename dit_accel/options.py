@@ -79,7 +79,14 @@ class Option:
         Numbers, ``true``/``false`` and ``none`` are read as such, ``1,2`` as a tuple, anything else
         as a name.
         """
-        return self.check(owner, _read(text, wants_tuple=get_origin(_bare(self._hint)) is tuple))
+        bare = _bare(self._hint)
+        if get_origin(bare) is tuple:
+            return self.check(owner, _read(text, wants_tuple=True))
+        value = _read(text, wants_tuple=False)
+        among_others = any(get_origin(_bare(choice)) is tuple for choice in get_args(bare))
+        if among_others and ("," in text or isinstance(value, int | float)):
+            value = _read(text, wants_tuple=True)
+        return self.check(owner, value)
 
 
 def _adapter(hint: Any) -> TypeAdapter[Any]:

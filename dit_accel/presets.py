@@ -17,10 +17,12 @@ from pydantic import Field
 
 from dit_accel.cluster import KMeans
 from dit_accel.error_route import ErrorAware
+from dit_accel.errors import InputError
 from dit_accel.flashblock import Cycle, around
-from dit_accel.layout import LAYOUTS, Layout
+from dit_accel.layout import LAYOUTS, Gilbert, Layout, Raster
 from dit_accel.method import Method, Schedule
-from dit_accel.options import Opt
+from dit_accel.options import Opt, closest
+from dit_accel.pyramid import RATIOS, Pyramid
 from dit_accel.registry import Paper, Preset, build, catalogue, get, parse_option, preset
 from dit_accel.rest import Centroid, Drop, FirstOrder, Moment, Rest, Taylor
 from dit_accel.route import Everything, PooledScore, Route
@@ -36,6 +38,7 @@ __all__ = [
     "get",
     "parse_option",
     "pisa",
+    "psa",
     "svg_ear",
     "vmoba",
 ]
@@ -243,6 +246,64 @@ def vmoba(
         _layout(layout, block_size),
         Gate(threshold, scope, mode),
         _rest(rest, taylor, weight),
+        Schedule(dense_steps, dense_layers),
+    )
+
+
+@preset(
+    "PSA: keys averaged more coarsely the less they matter, and skipped in the end",
+    paper=Paper(
+        "PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation",
+        "2512.04025",
+    ),
+    deviations=(
+        "sample=random draws one token of every four; the paper draws from the whole block.",
+        "Text tokens of a joint sequence are always exact, and never pooled.",
+    ),
+)
+def psa(
+    ratios: Annotated[
+        str | tuple[float, ...] | None,
+        Opt(
+            "upper bounds of levels 1, 2, 4 and 8, or wan-14b, wan-1.3b or 4-step; none is "
+            "wan-14b, and 4-step with mode=topk"
+        ),
+    ] = None,
+    mode: Annotated[
+        Literal["threshold", "topk"],
+        Opt("bounds on the importance before a block, or on its rank"),
+    ] = "threshold",
+    block_q: Annotated[int, Opt("queries in a block"), Field(ge=1)] = 128,
+    block_k: Annotated[int, Opt("keys in a block"), Field(ge=1)] = 64,
+    layout: LayoutOption = "gilbert",
+    sample: Annotated[
+        Literal["stride", "random"], Opt("which quarter of a block's tokens is looked at")
+    ] = "stride",
+    similarity_cap: Annotated[bool, Opt("pool only neighbours that are alike")] = False,
+    seed: Annotated[int, Opt("of sample=random"), Field(ge=0)] = 0,
+    dense_steps: DenseSteps = 0,
+    dense_layers: DenseLayers = (),
+) -> Method:
+    """PSA (arXiv 2512.04025).
+
+    Layouts that have one block size for both take ``block_k``.
+    """
+    if ratios is None:
+        ratios = "4-step" if mode == "topk" else "wan-14b"
+    if isinstance(ratios, str):
+        if ratios not in RATIOS:
+            raise InputError(
+                f"psa: ratios: expected four bounds, {' or '.join(RATIOS)}, got {ratios!r}"
+                f"{closest(ratios, RATIOS)}"
+            )
+        ratios = RATIOS[ratios]
+    chosen = _layout(layout, block_k)
+    if isinstance(layout, str) and isinstance(chosen, Raster | Gilbert):
+        chosen = replace(chosen, query_block_size=block_q)
+    return Method(
+        chosen,
+        Pyramid(tuple(ratios), mode, sample, similarity_cap, seed),  # type: ignore[arg-type]
+        Drop(),
         Schedule(dense_steps, dense_layers),
     )
 

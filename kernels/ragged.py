@@ -55,6 +55,38 @@ def order_of(perm: Tensor, offsets: Tensor, valid: Tensor | None, batch: int, he
     return Order(tokens, bounds[:-1], bounds.diff())
 
 
+class Pool(NamedTuple):
+    """Consecutive tokens of every block, a few averaged into one.
+
+    ``group`` int64 ``[M]``: the pooled entry of each token. ``number`` int64 ``[P]``: tokens in an
+    entry. ``starts``, ``sizes`` int64 ``[N]``: the entries of each block.
+    """
+
+    group: Tensor
+    number: Tensor
+    starts: Tensor
+    sizes: Tensor
+
+
+def pool_of(starts: Tensor, sizes: Tensor, level: int) -> Pool:
+    """Pool every block's tokens by ``level``; its last entry may hold fewer.
+
+    Args:
+        starts, sizes: int64 ``[N]``, blocks that follow each other without a gap.
+        level: tokens in an entry.
+    """
+    pooled = -(-sizes // level)
+    first = pooled.cumsum(0) - pooled
+    total = int(sizes.sum())
+    block = torch.arange(sizes.numel(), device=sizes.device)
+    block = block.repeat_interleave(sizes, output_size=total)
+    inside = torch.arange(total, device=sizes.device) - starts[block]
+    group = first[block] + inside // level
+    number = torch.zeros(int(pooled.sum()), dtype=torch.int64, device=sizes.device)
+    number.index_add_(0, group, torch.ones_like(group))
+    return Pool(group, number, first, pooled)
+
+
 def positions(starts: Tensor, sizes: Tensor) -> Tensor:
     """``[start .. start + size)`` of every block, one after the other. int64 ``[Σ sizes]``."""
     if sizes.numel() == 0:

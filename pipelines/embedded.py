@@ -67,7 +67,7 @@ _TABLE: Final = {
                 "guidance_scale": 6.0,
             }
         ),
-        method_options=MappingProxyType({"block_size": 16}),
+        method_options=MappingProxyType({"block_size": 16, "block_q": 16, "block_k": 16}),
         fps=8,
     )
 }

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dit_accel.kernels.block_summary.api import check_blocks, check_valid, resolve
 
+POOLED = (2, 4, 8)
+"""Codes of pooled levels: so many consecutive keys of a block are averaged into one."""
+
 
 @dataclass(frozen=True, slots=True)
 class RestTerms:
@@ -60,7 +63,9 @@ def block_attention(
     Args:
         q, k, v: ``[B, H, L, D]`` floating, any strides, in the model's order.
         code: int8 ``[B|1, H|1, Nq, Nk]``: 1 exact, 0 left out, -1 left to ``rest`` (left out
-            without one). The pooled levels 2, 4 and 8 are refused by the reference.
+            without one); 2, 4 or 8: so many consecutive valid keys of the block, in its order, are
+            averaged into one, and so are their values, whose logit gains the logarithm of how many
+            they are (PSA, arXiv 2512.04025).
         q_perm, k_perm: int64 ``[B|1, H|1, L]``, the order of the tokens.
         q_offsets, k_offsets: int32 ``[B|1, H|1, N + 1]``, where the order is cut into blocks.
         key_valid: bool ``[B, L]``; ``False`` keys are never read.
@@ -98,6 +103,13 @@ def block_attention(
             f"code: expected int8 [{q.shape[0]}|1, {q.shape[1]}|1, {blocks[0]}, {blocks[1]}], got "
             f"{code.dtype} {list(code.shape)}"
         )
+    if bool(((code < -1) | (code > 1)).any()):
+        found = set(torch.unique(code).tolist())
+        if not found <= {-1, 0, 1, *POOLED}:
+            raise ValueError(
+                f"code: expected -1, 0, 1 or a level among {', '.join(map(str, POOLED))}, got "
+                f"{sorted(found)}"
+            )
     if rest is not None and rest.weight != "plain" and rest.k_var is None:
         raise ValueError(f"rest: expected k_var for weight {rest.weight!r}, got None")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):

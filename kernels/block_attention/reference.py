@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.block_attention.api import POOLED, RestTerms
 from dit_accel.kernels.ragged import (
     WORKSPACE_BYTES,
     Order,
@@ -24,6 +24,7 @@ from dit_accel.kernels.ragged import (
     order_of,
     pad_rows,
     pick,
+    pool_of,
     positions,
     working_dtype,
 )
@@ -89,27 +90,53 @@ class _Head:
         self.rest: _Rest | None = None
         work = working_dtype(k.dtype)
         count = keys.tokens.numel()
-        self.keys = space.take("all keys", count, k.shape[-1])
-        self.values = space.take("all values", count, k.shape[-1])
+        levels = [level for level in POOLED if bool((code == level).any())]
+        pools = [pool_of(keys.starts, keys.sizes, level) for level in levels]
+        total = count + sum(pool.number.numel() for pool in pools)
+        self.keys = space.take("all keys", total, k.shape[-1])
+        self.values = space.take("all values", total, k.shape[-1])
         for source, target in ((k, self.keys), (v, self.values)):
             if source.dtype == work:
-                torch.index_select(source, 0, keys.tokens, out=target)
+                torch.index_select(source, 0, keys.tokens, out=target[:count])
             else:
-                target.copy_(source.index_select(0, keys.tokens))
+                target[:count].copy_(source.index_select(0, keys.tokens))
+            at = count
+            for pool in pools:
+                end = at + pool.number.numel()
+                target[at:end].zero_().index_add_(0, pool.group, target[:count])
+                target[at:end].div_(pool.number.to(work).unsqueeze(-1))
+                at = end
 
-        # a compact list of exact key blocks a row, empty blocks left out
-        listed = (code == 1) & (keys.sizes > 0)
-        self.listed = listed.nonzero()[:, 1]
+        # keys, and after them the pooled keys of each level that the plan asks for
+        starts, sizes, bias = [keys.starts], [keys.sizes], [k.new_zeros(count, dtype=work)]
+        at = count
+        slot = torch.zeros(POOLED[-1] + 1, dtype=torch.int64, device=k.device)
+        for number, (level, pool) in enumerate(zip(levels, pools, strict=True), start=1):
+            slot[level] = number
+            starts.append(pool.starts + at)
+            sizes.append(pool.sizes)
+            bias.append(pool.number.to(work).log())
+            at += pool.number.numel()
+        self.starts, self.sizes = torch.cat(starts), torch.cat(sizes)
+        self.bias = torch.cat(bias) if levels else None
+
+        # a compact list of blocks a row, at the level wanted, empty blocks left out
+        listed = (code > 0) & (keys.sizes > 0)
+        entries = listed.nonzero()
+        wanted = slot[code[entries[:, 0], entries[:, 1]].long()]
+        self.listed = wanted * keys.sizes.numel() + entries[:, 1]
         per_row = listed.sum(-1)
         self.first = torch.zeros(per_row.numel() + 1, dtype=torch.int64, device=k.device)
         torch.cumsum(per_row, 0, out=self.first[1:])
-        self.num_keys = (listed * keys.sizes).sum(-1)
+        self.num_keys = torch.zeros_like(per_row).index_add_(
+            0, entries[:, 0], self.sizes[self.listed]
+        )
 
     def rows(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Positions of the exact keys of some query blocks, ``[G, m]``, and their padding."""
         start, length = self.first[blocks], self.first[blocks + 1] - self.first[blocks]
         entries = self.listed[positions(start, length)]
-        where = positions(self.order.starts[entries], self.order.sizes[entries])
+        where = positions(self.starts[entries], self.sizes[entries])
         return pad_rows(where, self.num_keys[blocks])
 
     def attend(
@@ -132,6 +159,8 @@ class _Head:
             torch.index_select(self.values, 0, flat, out=values)
             logits = space.take("logits", rows, width, count)
             torch.bmm(query, keys.view(rows, count, depth).transpose(1, 2), out=logits)
+            if self.bias is not None:
+                logits.add_(self.bias[flat].view(rows, 1, count))
             if padding is not None:
                 logits.masked_fill_(padding[:, None, columns], -torch.inf)
             softmax.weigh(logits)
@@ -215,8 +244,10 @@ def _rest_of(
     if rest.cov_sum is not None:
         cov = rest.cov_sum[batch, head].to(ordered.dtype)
         if rest.cov_scope == "rest":
-            centred = space.take("centred", *ordered.shape)
-            torch.sub(ordered, means.repeat_interleave(keys.sizes, 0), out=centred)
+            centred = space.take("centred", keys.tokens.numel(), ordered.shape[1])
+            torch.sub(
+                ordered[: keys.tokens.numel()], means.repeat_interleave(keys.sizes, 0), out=centred
+            )
     return _Rest(
         means,
         values,
@@ -246,10 +277,6 @@ def block_attention(
     scale: float,
     rest: RestTerms | None,
 ) -> tuple[Tensor, Tensor]:
-    if bool((code > 1).any()):
-        raise ValueError(
-            "code: expected -1, 0 or 1, got a pooled level, which needs another backend"
-        )
     work = working_dtype(q.dtype)
     batch, heads, length = q.shape[:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -211,6 +211,9 @@ def test_options_of_the_inner_method():
     given = presets.pisa(density=0.4)
     assert presets.flashblock(inner=given).route.inner is given.route
     assert presets.parse_option("flashblock", "threshold", "0.5", {"inner": "vmoba"}) == 0.5
+    assert presets.parse_option("flashblock", "layers", "0,-1") == (0, -1)
+    assert presets.parse_option("flashblock", "layers", "3") == (3,)
+    assert presets.parse_option("flashblock", "layers", "none") is None
     for options, message in (
         ({"inner": "dense"}, "inner: expected pisa | svg_ear | vmoba or a Method, got 'dense'"),
         ({"threshold": 0.1}, "expected an option among density, .*, got 'threshold'"),
