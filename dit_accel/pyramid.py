@@ -11,6 +11,7 @@ from torch import Tensor
 from dit_accel.errors import InputError
 from dit_accel.kernels.ragged import order_of, positions
 from dit_accel.layout import Blocked, Statistic
+from dit_accel.rest import Drop
 from dit_accel.types import DROP, EXACT, Context, Plan
 
 if TYPE_CHECKING:
@@ -75,6 +76,12 @@ class Pyramid:
     @property
     def needs(self) -> tuple[Statistic, ...]:
         return ()
+
+    def refuses(self, rest: Rest) -> str | None:
+        """Why a rest makes no sense beside this route, if it does not."""
+        if isinstance(rest, Drop):
+            return None
+        return "its pairs are exact, pooled or skipped, and none is left to a rest"
 
     def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan:
         rows, columns = blocked.queries.num_video, blocked.keys.num_video

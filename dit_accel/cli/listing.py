@@ -12,17 +12,46 @@ from dit_accel.cli.common import out
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method; all by default.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Which routes and rests go together.")
+    ] = False,
 ) -> None:
     """List the methods with their options, defaults and papers."""
     from dit_accel import presets
     from dit_accel.eval import records
 
+    if table:
+        _combinations()
+        return
     chosen = presets.catalogue() if name is None else (presets.get(name),)
     if json:
         typer.echo(records.dumps([_as_dict(preset) for preset in chosen]), nl=False)
         return
     for preset in chosen:
         _show(preset)
+
+
+def _combinations() -> None:
+    from rich.table import Table
+
+    from dit_accel import combinations
+
+    grid = Table(box=None, padding=(0, 2, 0, 0), title="route (down) with rest (across)")
+    grid.add_column("", overflow="fold")
+    for rest in combinations.RESTS:
+        grid.add_column(rest, justify="center")
+    reasons: dict[str, str] = {}
+    rows: dict[str, list[str]] = {}
+    for pair in combinations.table():
+        rows.setdefault(pair.route, []).append("yes" if pair.reason is None else "no")
+        if pair.reason is not None:
+            reasons[pair.route] = pair.reason
+    for route, cells in rows.items():
+        grid.add_row(route, *cells)
+    out.print(grid, highlight=False)
+    for route, reason in reasons.items():
+        out.print(f"{route}: {reason}", highlight=False)
+    out.print("Every layout goes with all of these.", highlight=False)
 
 
 def _as_dict(preset: Any) -> dict[str, Any]:

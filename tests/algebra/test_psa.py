@@ -284,6 +284,8 @@ def test_bad_options_are_told():
     ):
         with pytest.raises(InputError, match=message):
             presets.psa(**options)
+    with pytest.raises(InputError, match="none is left to a rest"):
+        dit_accel.Method(presets.psa().layout, Pyramid(), presets.pisa().rest)
     with pytest.raises(InputError, match="sample: expected stride or random, got 'all'"):
         Pyramid(sample="all")
     inner = presets.flashblock(inner=presets.psa(block_k=8, block_q=8))

@@ -164,6 +164,10 @@ def test_methods(cli):
     assert [row["name"] for row in listed] == [preset.name for preset in presets.catalogue()]
     assert json.loads(cli("methods", "pisa", "--json")[1])[0]["paper"]["arxiv"] == "2602.01077"
     assert cli("methods", "nothing")[0] == 2
+    code, out, _ = cli("methods", "--table")
+    assert code == 0
+    for word in ("token gate", "moment, rest", "none is left to a rest", "for every token"):
+        assert word in out
 
 
 def test_models_and_version(cli):
