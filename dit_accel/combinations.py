@@ -34,7 +34,7 @@ RESTS: dict[str, Rest] = {
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """A route and a rest, and why they are refused; ``reason`` is ``None`` when they go together."""
+    """A route and a rest, and why they are refused; no ``reason`` when they go together."""
 
     route: str
     rest: str
