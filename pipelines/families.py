@@ -22,6 +22,7 @@ class Family:
         processor_type: its class, by which ours are told from others.
         self_attention: the modules whose attention a method may replace, by layer.
         geometry: what the tokens are, from the model and the named arguments of its forward.
+        refuses: the reason why a model cannot be accelerated as it stands, if there is one.
     """
 
     name: str
@@ -29,10 +30,16 @@ class Family:
     processor_type: type
     self_attention: Callable[[Any], list[Any]]
     geometry: Callable[[Any, Mapping[str, Any]], Geometry]
+    refuses: Callable[[Any], str | None] = lambda model: None
 
 
 # class name of the transformer -> module that holds its family; imported on first use
-_TABLE: Final = {"WanTransformer3DModel": "wan"}
+_TABLE: Final = {
+    "FluxTransformer2DModel": "flux",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "WanTransformer3DModel": "wan",
+    "WanVACETransformer3DModel": "wan",
+}
 
 
 def supported() -> tuple[str, ...]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.pipelines import embedded
-from dit_accel.pipelines.families import models_of
+from dit_accel.pipelines.families import family_of, models_of
 from dit_accel.pipelines.plug import EMBEDDED, session_of
+from dit_accel.pipelines.wan import FAMILY
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,13 @@ def effective(pipe: Any, request: Request) -> Request:
     Raises:
         InputError: a number does not fit the model.
     """
-    name = getattr(next(iter(models_of(pipe).values())), EMBEDDED, None)
+    transformer = next(iter(models_of(pipe).values()))
+    if family_of(transformer) is not FAMILY:
+        raise InputError(
+            f"generate: expected a pipeline of {FAMILY.name}, got a {type(pipe).__name__}, which "
+            "can be accelerated and called from Python"
+        )
+    name = getattr(transformer, EMBEDDED, None)
     suggested = embedded.defaults(name) if name else {}
     parameters = inspect.signature(type(pipe).__call__).parameters
     missing = {

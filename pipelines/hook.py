@@ -21,6 +21,7 @@ from diffusers.hooks.hooks import (
 )
 from torch import nn
 
+from dit_accel.errors import InputError
 from dit_accel.pipelines.families import Family
 from dit_accel.pipelines.session import Session
 
@@ -71,9 +72,17 @@ class RootHook:
 
         def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = signature.bind(module, *args, **kwargs).arguments
+            geometry = None
+            try:
+                geometry = family.geometry(module, given)
+            except InputError:
+                # what stands there may be stock, which needs no grid
+                ours = family.processor_type
+                if any(isinstance(attn.processor, ours) for attn in family.self_attention(module)):
+                    raise
             session.enter(
                 name,
-                family.geometry(module, given),
+                geometry,
                 told=self._listener.told,
                 timestep=given.get("timestep"),
             )

@@ -28,8 +28,8 @@ def load(
 
     Args:
         model: an embedded model's name (``tiny-wan``), a directory, or a hub id (``owner/name``).
-        dtype: of the weights, or one for each component; by default fp32 on a CPU, and bf16 with
-            the autoencoder in fp32 (as Wan recommends) on a GPU.
+        dtype: of the weights, or one for each component; by default fp32 on a CPU, and bf16 on a
+            GPU, with the autoencoder of Wan and HunyuanVideo in fp32 (as Wan recommends).
         device: where to put it; by default it stays on the CPU, where offloading can be chosen,
             and ``dtype`` goes by whether there is a GPU.
         options: for diffusers' ``from_pretrained``, such as ``variant`` or ``revision``. Only
@@ -46,11 +46,12 @@ def load(
     """
     where = _device(device)
     source, inside = _locate(model)
-    _check_family(source, options)
+    kind = _check_family(source, options)
     if dtype is None:
         gpu = where.type == "cuda" if where else torch.cuda.is_available()
         dtype = torch.bfloat16 if gpu else torch.float32
-        if gpu and inside is None:
+        # their pipelines hand latents to the autoencoder in its own dtype; FLUX's does not
+        if gpu and inside is None and kind.startswith(("Wan", "HunyuanVideo")):
             dtype = {"default": torch.bfloat16, "vae": torch.float32}
     options.setdefault("use_safetensors", True)
     try:
@@ -104,8 +105,8 @@ def _locate(model: str | Path) -> tuple[str, embedded.Embedded | None]:
     return str(model), None
 
 
-def _check_family(source: str, options: dict[str, Any]) -> None:
-    """Refuse what cannot be accelerated before its weights are fetched."""
+def _check_family(source: str, options: dict[str, Any]) -> str:
+    """The pipeline's class; what cannot be accelerated is refused before any weight is fetched."""
     keys = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
     try:
         index = DiffusionPipeline.load_config(
@@ -118,6 +119,7 @@ def _check_family(source: str, options: dict[str, Any]) -> None:
         transformers = [name for name in classes if name and "Transformer" in name]
         what = " with a ".join([str(index.get("_class_name")), *transformers[:1]])
         raise families.unsupported(what)
+    return str(index.get("_class_name"))
 
 
 def _one_line(error: Exception) -> str:

@@ -218,7 +218,11 @@ def _made_for(models: dict[str, Any], method: str | Method, options: dict[str, A
         options = embedded.options_for(name, method, options)
     made = make_method(method, **options)
     for name, model in models.items():
-        count = len(_family(model).self_attention(model))
+        family = _family(model)
+        reason = family.refuses(model)
+        if reason is not None:
+            raise InputError(f"{made.name}: {reason}")
+        count = len(family.self_attention(model))
         for layer in made.schedule.dense_layers:
             if not -count <= layer < count:
                 raise InputError(

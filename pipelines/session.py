@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
+from dit_accel.method import Method
 from dit_accel.pipelines.clock import Clock, Moment
 from dit_accel.state import State
 from dit_accel.types import Context, Geometry, Report
@@ -91,7 +93,7 @@ class Session:
         # the pipeline owns the transformers, which own the session
         self._pipe = (lambda: None) if pipe is None else weakref.ref(pipe)
         self._clock = Clock()
-        self._now: tuple[str, Geometry, Moment] | None = None
+        self._now: tuple[str, Geometry | None, Moment] | None = None
         self.state = State()
         self.log = DensityLog()
         self.hosts: dict[str, weakref.ref[nn.Module]] = {}
@@ -108,8 +110,8 @@ class Session:
             if model is not None:
                 yield name, model
 
-    def enter(self, model: str, geometry: Geometry, *, told: Any, timestep: Any) -> None:
-        """A forward of a transformer begins."""
+    def enter(self, model: str, geometry: Geometry | None, *, told: Any, timestep: Any) -> None:
+        """A forward of a transformer begins; without a geometry no method can run in it."""
         pipe = self._pipe()
         moment = self._clock.tick(
             told=told,
@@ -132,7 +134,7 @@ class Session:
         """Where the attention call of a module happens.
 
         Raises:
-            InputError: no forward of its transformer is under way.
+            InputError: no forward of its transformer is under way, or its tokens make no grid.
         """
         if self._now is None or self._now[0] != binding.model:
             raise InputError(
@@ -140,6 +142,8 @@ class Session:
                 "grid and the step, got a call from elsewhere"
             )
         model, geometry, moment = self._now
+        if geometry is None:
+            raise InputError("attention: expected tokens that make a grid, got a forward of others")
         return Context(
             geometry,
             step=moment.step,
@@ -199,3 +203,42 @@ def binding_of(attn: nn.Module) -> Binding:
             f"dit_accel.pipelines.processor(pipe, ...), got a {type(attn).__name__} that was not"
         )
     return binding
+
+
+class MethodProcessor:
+    """What the processors of all families share; diffusers' own class is the next base.
+
+    Attributes:
+        method: what runs.
+    """
+
+    _parallel_config: Any
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        if not isinstance(method, Method):
+            raise InputError(
+                f"{type(self).__name__}: expected a Method, got {type(method).__name__}"
+            )
+        self.method = method
+
+    def begin(self, attn: nn.Module) -> tuple[Binding, Context]:
+        """What a self-attention module is, and where its call happens.
+
+        Raises:
+            InputError: the transformer is not prepared, or the sequence is sharded.
+        """
+        if self._parallel_config is not None:
+            raise InputError(
+                f"{self.method.name}: expected the whole sequence on one device, got context "
+                "parallelism, which is not supported yet"
+            )
+        binding = binding_of(attn)
+        return binding, binding.context()
+
+    def note_dense(self, binding: Binding, ctx: Context, hidden_states: Tensor, heads: int) -> None:
+        """Record a call that diffusers' own code computes. ``hidden_states`` is ``[B, …]``."""
+        where = ctx.geometry
+        like = hidden_states.new_empty(()).expand(hidden_states.shape[0], heads, where.length)
+        every = dense_pairs(like, where.key_valid)
+        binding.record(ctx, Report(every, every))

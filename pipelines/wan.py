@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: self-attention over video tokens in row-major order, text in its own layer."""
+"""Wan 2.1, 2.2 and VACE: self-attention over row-major video tokens, text in its own layer."""
 
 from __future__ import annotations
 
@@ -8,29 +8,18 @@ from typing import Any
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor
 
-from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
-from dit_accel.method import Method
 from dit_accel.pipelines.families import Family
-from dit_accel.pipelines.session import binding_of
-from dit_accel.types import Geometry, Report
+from dit_accel.pipelines.session import MethodProcessor
+from dit_accel.types import Geometry
 
 
-class WanProcessor(WanAttnProcessor):
+class WanProcessor(MethodProcessor, WanAttnProcessor):
     """Runs a method in the self-attention of a Wan transformer.
 
     Cross-attention, with the image branch of image-to-video, and every step or layer that the
     method leaves dense run diffusers' own code. One instance may serve all modules.
-
-    Attributes:
-        method: what runs.
     """
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        if not isinstance(method, Method):
-            raise InputError(f"WanProcessor: expected a Method, got {type(method).__name__}")
-        self.method = method
 
     def __call__(
         self,
@@ -59,21 +48,14 @@ class WanProcessor(WanAttnProcessor):
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
             )
-        if self._parallel_config is not None:
-            raise InputError(
-                f"{self.method.name}: expected the whole sequence on one device, got context "
-                "parallelism, which is not supported yet"
-            )
         if attention_mask is not None:
             raise InputError(
                 f"{self.method.name}: expected no mask in Wan's self-attention, got one of shape "
                 f"{list(attention_mask.shape)}"
             )
-        binding = binding_of(attn)
-        ctx = binding.context()
+        binding, ctx = self.begin(attn)
         if self.method.is_dense(ctx):
-            every = dense_pairs(hidden_states.unsqueeze(1).expand(-1, attn.heads, -1, -1), None)
-            binding.record(ctx, Report(every, every))
+            self.note_dense(binding, ctx, hidden_states, attn.heads)
             return super().__call__(attn, hidden_states, rotary_emb=rotary_emb)
         query, key, value = self._project(attn, hidden_states, rotary_emb)
         out, report = self.method(query, key, value, ctx)
@@ -118,7 +100,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _self_attention(model: Any) -> list[Any]:
-    return [block.attn1 for block in model.blocks]
+    # those of VACE, which run before all others
+    control = getattr(model, "vace_blocks", ())
+    return [block.attn1 for block in (*control, *model.blocks)]
 
 
 def _geometry(model: Any, given: Mapping[str, Any]) -> Geometry:
@@ -134,7 +118,7 @@ def _geometry(model: Any, given: Mapping[str, Any]) -> Geometry:
 
 
 FAMILY = Family(
-    name="Wan 2.1 and 2.2",
+    name="Wan 2.1, 2.2 and VACE",
     processor=WanProcessor,
     processor_type=WanProcessor,
     self_attention=_self_attention,

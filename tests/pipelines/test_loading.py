@@ -77,12 +77,12 @@ def test_a_directory_without_a_pipeline(tmp_path):
 
 def test_another_family_is_refused_before_its_weights_are_read(tmp_path):
     index = {
-        "_class_name": "FluxPipeline",
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    message = "WanTransformer3DModel, got FluxPipeline with a FluxTransformer2DModel"
+    message = "got StableDiffusion3Pipeline with a SD3Transformer2DModel"
     with pytest.raises(InputError, match=message):
         load(tmp_path)
 

@@ -434,7 +434,7 @@ def test_unsupported_targets_are_named(pipe):
     other = DDIMPipeline(unet, DDIMScheduler())
     for target in (other, unet, 3):
         for call in (dit_accel.accelerate, dit_accel.restore, session_of, processor):
-            with pytest.raises(InputError, match="expected one with a WanTransformer3DModel, got"):
+            with pytest.raises(InputError, match=r"expected one with a .*3DModel, got"):
                 call(target)
 
 
