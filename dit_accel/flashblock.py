@@ -17,7 +17,7 @@ from dit_accel.attend import direct
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_attention import RestTerms
 from dit_accel.layout import Blocked, Layout, Statistic, default_scale
-from dit_accel.method import Method
+from dit_accel.method import Method, is_among
 from dit_accel.partial import Partial
 from dit_accel.rest import Rest
 from dit_accel.route import Route
@@ -54,16 +54,7 @@ class Cycle:
 
     def applies(self, ctx: Context) -> bool:
         """Whether this layer keeps its outside."""
-        if self.layers is None or ctx.layer in self.layers:
-            return True
-        if min(self.layers, default=0) < 0:
-            if ctx.num_layers is None:
-                raise InputError(
-                    f"flashblock: layers: {self.layers!r} counts from the last layer, which needs "
-                    "num_layers; give num_layers, or layers from 0 up"
-                )
-            return ctx.layer - ctx.num_layers in self.layers
-        return False
+        return self.layers is None or is_among("flashblock: layers", self.layers, ctx)
 
     def kept(self, ctx: Context, q: Tensor) -> Kept | None:
         """What this step can use; ``None`` at a refresh, and in layers that keep nothing.

@@ -65,16 +65,25 @@ class Schedule:
                 first = math.floor(first * ctx.num_steps + 0.5)
             if ctx.step < first:
                 return True
-        if ctx.layer in self.dense_layers:
-            return True
-        if min(self.dense_layers, default=0) < 0:
-            if ctx.num_layers is None:
-                raise InputError(
-                    f"dense_layers: {self.dense_layers!r} counts from the last layer, which needs "
-                    "num_layers; give num_layers, or layers from 0 up"
-                )
-            return ctx.layer - ctx.num_layers in self.dense_layers
+        return is_among("dense_layers", self.dense_layers, ctx)
+
+
+def is_among(option: str, layers: tuple[int, ...], ctx: Context) -> bool:
+    """Whether the layer of a call is one of these; negative ones count from the last.
+
+    Raises:
+        InputError: one counts from the last, and the context does not know how many there are.
+    """
+    if ctx.layer in layers:
+        return True
+    if min(layers, default=0) >= 0:
         return False
+    if ctx.num_layers is None:
+        raise InputError(
+            f"{option}: {layers!r} counts from the last layer, which needs num_layers; give "
+            "num_layers, or layers from 0 up"
+        )
+    return ctx.layer - ctx.num_layers in layers
 
 
 @dataclass(frozen=True, slots=True)

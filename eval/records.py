@@ -45,9 +45,10 @@ def dumps(record: Any) -> str:
     return json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def command_line() -> list[str]:
-    """The command that was run, as a list of words."""
-    return ["dit-accel", *sys.argv[1:]]
+def signed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the command that made it before, and versions and machine after."""
+    command = ["dit-accel", *sys.argv[1:]]
+    return {"command": command, **record, "versions": versions(), "machine": machine()}
 
 
 def _plain(value: Any) -> Any:

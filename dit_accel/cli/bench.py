@@ -58,10 +58,4 @@ def attention(
         )
     out.print(bench_attention.render(result))
     if target is not None:
-        record = {
-            "command": records.command_line(),
-            **result.to_dict(),
-            "versions": records.versions(),
-            "machine": records.machine(),
-        }
-        media.write_text(target, records.dumps(record))
+        media.write_text(target, records.dumps(records.signed(result.to_dict())))

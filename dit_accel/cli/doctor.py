@@ -37,12 +37,8 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="For programs.")] =
 
     found = [*_packages(), *_hardware(), *_backends()]
     if json:
-        record = {
-            "findings": [asdict(finding) for finding in found],
-            "versions": records.versions(),
-            "machine": records.machine(),
-        }
-        typer.echo(records.dumps(record), nl=False)
+        record = {"findings": [asdict(finding) for finding in found]}
+        typer.echo(records.dumps(records.signed(record)), nl=False)
         return
     from rich.table import Table
 

@@ -114,7 +114,6 @@ def generate(
     from dit_accel.eval import records
 
     record = {
-        "command": records.command_line(),
         "model": model,
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -138,10 +137,8 @@ def generate(
         "compared": measured,
         "out": str(target),
         "compare_out": str(both_path) if compare else None,
-        "versions": records.versions(),
-        "machine": records.machine(),
     }
-    media.write_text(record_path, records.dumps(record))
+    media.write_text(record_path, records.dumps(records.signed(record)))
     _tell(record, result)
 
 

@@ -167,11 +167,5 @@ def check(
         image = contact_sheet(kept, captions)
         media.replace_with(sheet, lambda part: image.save(part, format="PNG"))
     if target is not None:
-        record = {
-            "command": records.command_line(),
-            **result.to_dict(),
-            "versions": records.versions(),
-            "machine": records.machine(),
-        }
-        media.write_text(target, records.dumps(record))
+        media.write_text(target, records.dumps(records.signed(result.to_dict())))
         err.print(f"written  {target}", highlight=False, soft_wrap=True)
