@@ -6,8 +6,8 @@ The price is a partial for every choice, written and read once: ``4 D`` bytes be
 operations for a block of ``n`` keys. On a card of 4 TB/s and 500 TFLOP/s that is as dear as the
 attention itself at 125 keys a block and a sixth of it at 750. So blocks that are small are taken
 by the group, two, four or eight at once. The tokens of a group are sorted by which of its blocks
-they chose, in the order of a Gray code; then nearly all tiles hold tokens of one choice, a tile goes
-through the blocks of that, and leaves one partial for the whole group. Where two choices meet in a
+they chose, in the order of a Gray code; then nearly all tiles hold tokens of one choice, a tile
+goes through the blocks of that, and leaves one partial for the whole group. Where two choices meet in a
 tile, it goes through the blocks of both, and each token counts its own.
 
 Some heads and groups at a time, so that what is kept in between is bounded whatever is selected.
@@ -129,7 +129,7 @@ def _ranked(choice_ptr, unit, first, length, BT: tl.constexpr):
 @triton.jit(do_not_specialize=["length"])
 def _count(choice_ptr, count_ptr, length, BINS: tl.constexpr, BT: tl.constexpr):
     unit, tile, tiles = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
-    token, code, rank, number = _ranked(choice_ptr, unit, tile * BT, length, BT)
+    _, code, rank, number = _ranked(choice_ptr, unit, tile * BT, length, BT)
     last = (code > 0) & (rank == number - 1)
     tl.store(count_ptr + (unit * BINS + code) * tiles + tile, number, mask=last)
 
@@ -138,7 +138,7 @@ def _count(choice_ptr, count_ptr, length, BINS: tl.constexpr, BT: tl.constexpr):
 def _place(choice_ptr, count_ptr, end_ptr, list_ptr, place_ptr, length, BINS: tl.constexpr,
            BT: tl.constexpr):  # fmt: skip
     unit, tile, tiles = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
-    token, code, rank, number = _ranked(choice_ptr, unit, tile * BT, length, BT)
+    token, code, rank, _ = _ranked(choice_ptr, unit, tile * BT, length, BT)
     some = code > 0
     where = (unit * BINS + code) * tiles + tile
     end = tl.load(end_ptr + where, mask=some, other=0)
