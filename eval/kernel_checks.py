@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ def check_error_probe(dtype: torch.dtype, depth: int, device: str) -> None:
         p = Problem(dtype, depth, device)
         queries, weight = p.noise(2, 3, 77, depth), 2 * p.noise(2, 3, 77, p.blocks)
         k = p.holes(p.k) if padded else p.k
-        options = {
+        options: dict[str, Any] = {
             "perm": p.perm,
             "offsets": p.offsets,
             "num_blocks": p.blocks,
@@ -80,7 +81,7 @@ def check_kmeans(dtype: torch.dtype, depth: int, device: str) -> None:
     p = Problem(dtype, depth, device)
     for backend in backends:
         for x, valid in ((p.q, None), (p.holes(p.q), p.valid)):
-            options = {"valid": valid, "seed": 3, "backend": backend}
+            options: dict[str, Any] = {"valid": valid, "seed": 3, "backend": backend}
             before, _ = kmeans(x, 37, iterations=1, **options)
             labels, centroids = kmeans(x, 37, iterations=2, **options)
             again, same = kmeans(x, 37, iterations=2, **options)
@@ -102,7 +103,7 @@ def check_kmeans(dtype: torch.dtype, depth: int, device: str) -> None:
 def check_block_importance(dtype: torch.dtype, depth: int, device: str) -> None:
     """Sums of shares of fp32."""
     p = Problem(dtype, depth, device)
-    options = {
+    options: dict[str, Any] = {
         "q_tokens": p.perm[..., :501],
         "q_bounds": p.offsets[..., :9],
         "k_tokens": p.perm.flip(-1),
@@ -121,7 +122,7 @@ def check_gate(dtype: torch.dtype, depth: int, device: str) -> None:
     own = (torch.rand(2, 3, p.length, generator=p.generator, device=device) * 120).long()
     full = torch.rand(2, 1, 130, generator=p.generator, device=device) < 0.9
     for mode in ("threshold", "topk"):
-        options = {
+        options: dict[str, Any] = {
             "num_video": 127,
             "text_span": (1000, p.length),
             "threshold": 0.25,
