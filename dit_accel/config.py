@@ -174,10 +174,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config: expected a file that can be read, got {error}") from None
     try:
-        if path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            found = yaml.load(text, _Loader)
+        found = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:

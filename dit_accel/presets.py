@@ -28,16 +28,19 @@ from dit_accel.pyramid import RATIOS, Pyramid
 from dit_accel.registry import Paper, Preset, build, catalogue, get, parse_option, preset
 from dit_accel.rest import Drop, FirstOrder, Rest
 from dit_accel.route import Route
+from dit_accel.suggestions import Suggestion, for_model
 from dit_accel.token_route import Gate
 
 __all__ = [
     "Paper",
     "Preset",
+    "Suggestion",
     "build",
     "catalogue",
     "custom",
     "dense",
     "flashblock",
+    "for_model",
     "get",
     "parse_option",
     "pisa",

@@ -166,7 +166,7 @@ def test_methods(cli):
     assert cli("methods", "nothing")[0] == 2
     code, out, _ = cli("methods", "--table")
     assert code == 0
-    for word in ("token gate", "moment, rest", "none is left to a rest", "for every token"):
+    for word in ("gate", "cyclic", "moment, rest", "none is left to a rest", "for every token"):
         assert word in out
 
 
