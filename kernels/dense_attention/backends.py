@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -17,10 +16,11 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit_accel.kernels.dense_attention import xformers_ops
+
 BACKENDS: Final = ("sdpa", "cudnn", "flash", "xformers")
 """torch's own choice, torch's cuDNN, torch's FlashAttention, and xformers."""
 
-_NO_GPU: Final = "needs a CUDA device, and there is none"
 _TORCH: Final[dict[str, tuple[SDPBackend, Callable[[Any, bool], bool]]]] = {
     "cudnn": (SDPBackend.CUDNN_ATTENTION, can_use_cudnn_attention),
     "flash": (SDPBackend.FLASH_ATTENTION, can_use_flash_attention),
@@ -45,11 +45,15 @@ def why_not(
     if backend == "sdpa":
         return None
     if backend == "xformers":
-        return _why_not_xformers(q, k, v)
+        return xformers_ops.why_not(q, k, v)
     on_cpu = not torch.cuda.is_available() if q is None else q.device.type == "cpu"
     if on_cpu:
         # torch has FlashAttention for CPUs too, for any dtype and head size
-        return None if backend == "flash" else _why_no_gpu(q)
+        if backend == "flash":
+            return None
+        if q is not None and torch.cuda.is_available():
+            return f"needs tensors on a CUDA device, got {q.device}"
+        return "needs a CUDA device, and there is none"
     if q is None or k is None or v is None or torch.compiler.is_compiling():
         return None
     kind, can_use = _TORCH[backend]
@@ -61,39 +65,13 @@ def why_not(
     return "; ".join(filter(None, reasons)) or "torch cannot run it on these tensors"
 
 
-def _why_no_gpu(q: Tensor | None) -> str:
-    if not torch.cuda.is_available():
-        return _NO_GPU
-    return f"needs tensors on a CUDA device, got {'none' if q is None else q.device}"
-
-
-def _why_not_xformers(
-    q: Tensor | None, k: Tensor | None, v: Tensor | None, *, partial: bool = False
-) -> str | None:
-    if find_spec("xformers") is None:
-        return "xformers is not installed: pip install xformers"
-    if not torch.cuda.is_available() or (q is not None and q.device.type != "cuda"):
-        return _why_no_gpu(q)
-    from xformers.ops import fmha
-
-    if q is None or k is None or v is None:
-        if any(op.is_available() for op in fmha.ALL_FW_OPS):
-            return None
-        return "this build of xformers has no operator for this torch (see python -m xformers.info)"
-    inputs = fmha.Inputs(*(_by_token(x) for x in (q, k, v)), is_partial=partial)
-    found = {op.NAME: op.not_supported_reasons(inputs) for op in fmha.ALL_FW_OPS}
-    if not all(found.values()):
-        return None
-    return "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in found.items())
-
-
 def attend(
     backend: str, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float | None
 ) -> Tensor:
     """``softmax(scale · q kᵀ) v`` over the valid keys, by a backend that can run this."""
     if backend == "sdpa":
         return _sdpa(q, k, v, key_valid, scale)
-    run = _xformers if backend == "xformers" else _forced(backend)
+    run = xformers_ops.attention if backend == "xformers" else _forced(backend)
     if key_valid is None:
         return run(q, k, v, scale)
     count, after = torch.stack([key_valid.sum(-1), _after_last(key_valid)]).tolist()
@@ -134,15 +112,3 @@ def _forced(backend: str) -> Callable[[Tensor, Tensor, Tensor, float | None], Te
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
     return run
-
-
-def _by_token(x: Tensor) -> Tensor:
-    """``[B, L, H, D]``, as xformers has it."""
-    return x.transpose(1, 2)
-
-
-def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    out: Tensor = memory_efficient_attention(*(_by_token(x) for x in (q, k, v)), scale=scale)
-    return out.transpose(1, 2)
