@@ -73,9 +73,18 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is one of compute capability 9.0."""
+    return device.type == "cuda" and _capability(device.index or 0) == (9, 0)
+
+
 @lru_cache(maxsize=8)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def _too_old(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
+    capability = _capability(index)
     if capability < (8, 0):
         return f"it takes devices of compute capability 8.0 or newer, not {capability}"
     return None
