@@ -27,7 +27,7 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
 
     Args:
         target: a diffusers pipeline, or one of its transformers.
-        method: the name of a preset, or a `Method`.
+        method: the name of a preset, or a `Method`, such as ``Method.from_config("fast.yaml")``.
         options: of the preset, such as ``density=0.15``; ``dense_steps`` and ``dense_layers`` may
             be given beside a `Method` too. What is not given is the preset's default, or what an
             embedded model suggests (`dit_accel.pipelines.embedded.Embedded.method_options`).

@@ -232,6 +232,11 @@ def test_files_that_are_wrong_are_told_in_one_line(text, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_in_place_of_a_name_is_told_where_it_goes():
+    with pytest.raises(InputError, match=r"got 'x.yaml' \(a file is read by Method.from_config\)"):
+        presets.build("x.yaml")
+
+
 def test_no_file_at_all(tmp_path):
     with pytest.raises(InputError, match="config: expected a file of YAML or JSON, got "):
         Method.from_config(tmp_path / "none.yaml")
