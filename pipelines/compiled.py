@@ -50,9 +50,7 @@ def _(ticks: Tensor, hook: Tensor, names: str, given: list[Tensor]) -> None:
     return None
 
 
-@torch.library.custom_op(
-    "dit_accel::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
+@torch.library.custom_op("dit_accel::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend(
     ticks: Tensor, binding: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> Tensor:

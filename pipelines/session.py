@@ -280,7 +280,7 @@ class MethodProcessor:
             )
         self.method = method
 
-    def steps_aside(self, attn: nn.Module, hidden_states: Tensor) -> bool:
+    def steps_aside(self, attn: Any, hidden_states: Tensor) -> bool:
         """Whether diffusers' own code is to compute this call, which is then noted as dense.
 
         Never so while a graph is traced, which has to serve sparse steps as well.
@@ -317,13 +317,13 @@ class MethodProcessor:
         if self._parallel_config is not None:
             raise self._sharded()
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise InputError("attention: expected no gradients to be asked for, got a graph of them")
+            raise InputError(
+                "attention: expected no gradients to be asked for, got a graph of them"
+            )
         binding = binding_of(attn)
         return compiled_attend(binding.session.ticks, binding.number, q, k, v, mask)
 
-    def run(
-        self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def run(self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`attend`, outside of any graph: here it is decided what this step is."""
         binding, ctx = self.begin(attn)
         if not self.method.is_dense(ctx):
