@@ -115,6 +115,8 @@ def _geometry(model: Any, given: Mapping[str, Any]) -> Geometry:
     stop = start + given["encoder_hidden_states"].shape[1]
     # as diffusers has it: the valid tokens are taken to come first, wherever the mask has them
     valid = start + mask.sum(dim=1, dtype=torch.int)
+    # one mask for several videos of a prompt
+    valid = valid.expand(latent.shape[0])
     return Geometry(
         (frames, rows, columns),
         text=slice(start, stop),
