@@ -188,9 +188,7 @@ class Flux(Family):
             "timestep": torch.full((batch,), 0.5),
             "encoder_hidden_states": torch.randn(batch, 10, 32, generator=draw, dtype=dtype),
             "pooled_projections": torch.randn(batch, 32, generator=draw, dtype=dtype),
-            "img_ids": torch.cartesian_prod(
-                torch.zeros(1), torch.arange(6.0), torch.arange(5.0)
-            ),
+            "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(6.0), torch.arange(5.0)),
             "txt_ids": torch.zeros(10, 3),
         }
 
