@@ -79,7 +79,8 @@ def test_a_method_adds_no_graph_but_that_of_the_hook(family, graphs, how):
     assert (count.made, count.breaks, count.skipped) == (without + (how is not regionally), 0, 0)
 
 
-def test_every_layer_and_branch_has_its_memory_in_a_compiled_model(family, zoo, graphs):
+def test_every_layer_and_branch_has_its_memory_in_a_compiled_model(zoo, graphs):
+    family = zoo.FAMILIES["Wan"]
     method, plain = zoo.spying(dense_steps=1), zoo.spying(dense_steps=1)
     pipe = family.pipe(**family.shallow)
     dit_accel.accelerate(pipe, plain)
@@ -92,7 +93,8 @@ def test_every_layer_and_branch_has_its_memory_in_a_compiled_model(family, zoo, 
     assert {layer for _, layer, *_ in method.route.seen} == {0, 1}
 
 
-def test_accelerated_after_it_was_compiled_and_restored(family, graphs):
+def test_accelerated_after_it_was_compiled_and_restored(zoo, graphs):
+    family = zoo.FAMILIES["Wan"]
     pipe = family.pipe(**family.shallow)
     count = graphs()
     regionally(pipe, count.backend)
@@ -158,3 +160,22 @@ def test_errors_of_a_compiled_model_are_the_same(zoo, graphs):
         wan.go(pipe)
     dit_accel.accelerate(pipe, "pisa", density=0.25, block_size=4)
     assert wan.go(pipe).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_for_a_gpu(family, mode):
+    pipe = family.pipe().to("cuda")
+    dit_accel.accelerate(pipe, "pisa", dense_steps=2, **METHODS["pisa"])
+    wanted = family.go(pipe, 12, **family.guided)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe.transformer.compile_repeated_blocks(mode=mode, fullgraph=True)
+    first = family.go(pipe, 3, **family.guided)
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert first.isfinite().all()
+    # fused operations round differently; a plan may tip, which would show as 1e-1
+    got = family.go(pipe, 12, **family.guided)
+    torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+    torch._dynamo.reset()

@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from diffusers import (
-    FluxImg2ImgPipeline,
-    HunyuanVideoImageToVideoPipeline,
-    WanImageToVideoPipeline,
-    WanVideoToVideoPipeline,
-)
+from diffusers import WanVideoToVideoPipeline
 
 import dit_accel
 from dit_accel.pipelines import session_of
@@ -120,20 +115,6 @@ def test_pipelines_that_name_no_branch(zoo):
         assert method.route.steps(0, branch) == [3, 4, 5]
     firsts = [first for *_, first in method.route.seen]
     assert firsts == [True] * 2 * wan.layers + [False] * 4 * wan.layers
-
-
-def test_which_pipelines_guide_in_one_batch():
-    """None of these families': docs/ecosystem.md says so, and a new diffusers may change it."""
-    import inspect
-
-    for cls in (
-        WanVideoToVideoPipeline,
-        WanImageToVideoPipeline,
-        FluxImg2ImgPipeline,
-        HunyuanVideoImageToVideoPipeline,
-    ):
-        source = inspect.getsource(cls.__call__)
-        assert "torch.cat([negative_prompt_embeds, prompt_embeds]" not in source
 
 
 def test_several_results_of_one_prompt(family):

@@ -35,7 +35,7 @@ def test_context_parallelism_is_refused_before(family, two_ranks):
     parallel(pipe, two_ranks, family)
     processors = dict(pipe.transformer.attn_processors)
     for call in (dit_accel.accelerate, dit_accel.pipelines.processor):
-        with pytest.raises(InputError, match="pisa: expected the whole sequence .* context paral"):
+        with pytest.raises(InputError, match=r"pisa: expected the whole sequence .* context paral"):
             call(pipe, "pisa")
     assert pipe.transformer.attn_processors == processors
     assert not hasattr(pipe.transformer, "_dit_accel")
@@ -49,7 +49,7 @@ def test_context_parallelism_is_refused_after(family, two_ranks, compiled):
     parallel(pipe, two_ranks, family)
     if compiled:
         pipe.transformer.compile_repeated_blocks(backend="eager")
-    with pytest.raises(InputError, match="pisa: expected the whole sequence .* context paral"):
+    with pytest.raises(InputError, match=r"pisa: expected the whole sequence .* context paral"):
         family.go(pipe)
     torch._dynamo.reset()
 

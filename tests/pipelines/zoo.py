@@ -1,7 +1,7 @@
 """Small random pipelines of three families, and ways to run them. Loaded by the fixture `zoo`."""
 
-import copy
 from collections import Counter
+from typing import ClassVar
 
 import torch
 from diffusers import (
@@ -58,8 +58,8 @@ class Family:
     """One family: a pipeline without text encoders and autoencoder, and how to call it."""
 
     layers = 4
-    shallow = {"num_layers": 1, "num_single_layers": 1}
-    guided = {}  # what turns guidance on, in two calls a step
+    shallow: ClassVar = {"num_layers": 1, "num_single_layers": 1}
+    guided: ClassVar = {}  # what turns guidance on, in two calls a step
 
     def pipe(self, **changes):
         torch.manual_seed(0)
@@ -67,11 +67,11 @@ class Family:
         made.set_progress_bar_config(disable=True)
         return made
 
-    def go(self, pipe, steps=4, seed=0, batch=1, dtype=torch.float32, cls=None, **arguments):
+    def go(self, pipe, steps=4, seed=0, batch=1, dtype=torch.float32, **arguments):
         """Latents of a call; texts and noise are those of the seed."""
         draw = torch.Generator().manual_seed(seed)
         call = {
-            name: value.to(dtype) if value.is_floating_point() else value
+            name: value.to(pipe._execution_device, dtype if value.is_floating_point() else None)
             for name, value in self.texts(draw, batch).items()
         }
         call |= self.size | {"num_inference_steps": steps, "output_type": "latent"}
@@ -81,10 +81,10 @@ class Family:
 
 class Wan(Family):
     name, cls, layers = "Wan", WanPipeline, 3
-    shallow = {"num_layers": 2}
-    size = {"height": 64, "width": 48, "num_frames": 9}
-    guided = {"guidance_scale": 3.0}
-    unguided = {"guidance_scale": 1.0}
+    shallow: ClassVar = {"num_layers": 2}
+    size: ClassVar = {"height": 64, "width": 48, "num_frames": 9}
+    guided: ClassVar = {"guidance_scale": 3.0}
+    unguided: ClassVar = {"guidance_scale": 1.0}
 
     def model(self, **changes):
         return WanTransformer3DModel(
@@ -116,9 +116,9 @@ class Wan(Family):
 
 class HunyuanVideo(Family):
     name, cls = "HunyuanVideo", HunyuanVideoPipeline
-    size = {"height": 64, "width": 48, "num_frames": 9}
-    guided = {"true_cfg_scale": 2.0}
-    unguided = {}
+    size: ClassVar = {"height": 64, "width": 48, "num_frames": 9}
+    guided: ClassVar = {"true_cfg_scale": 2.0}
+    unguided: ClassVar = {}
 
     def model(self, **changes):
         return HunyuanVideoTransformer3DModel(
@@ -157,9 +157,9 @@ class HunyuanVideo(Family):
 
 class Flux(Family):
     name, cls = "FLUX.1", FluxPipeline
-    size = {"height": 96, "width": 80}
-    guided = {"true_cfg_scale": 2.0}
-    unguided = {}
+    size: ClassVar = {"height": 96, "width": 80}
+    guided: ClassVar = {"true_cfg_scale": 2.0}
+    unguided: ClassVar = {}
 
     def model(self, **changes):
         return FluxTransformer2DModel(
@@ -194,13 +194,6 @@ class Flux(Family):
 
 
 FAMILIES = {one.name: one for one in (Wan(), HunyuanVideo(), Flux())}
-
-
-def copy_of(pipe):
-    """A pipeline of copies of the parts, as one that is made anew."""
-    made = type(pipe)(**{name: copy.deepcopy(part) for name, part in pipe.components.items()})
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 class Graphs:
