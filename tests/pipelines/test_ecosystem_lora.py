@@ -59,7 +59,7 @@ def test_lora_comes_and_goes_in_an_accelerated_pipeline(family, expected):
 
 
 def test_lora_fused_into_the_weights(family, expected):
-    """Fused weights round differently than a product beside them: a plan that tips shows as 1e-1."""
+    """Fused weights round differently; a plan may tip, which would show as 1e-1."""
     pipe = family.pipe()
     dit_accel.accelerate(pipe, "pisa", **SPARSE)
     pipe.load_lora_weights(lora_of(pipe), adapter_name="ours")
