@@ -12,6 +12,7 @@ from dit_accel import InputError
 from dit_accel.pipelines import session_of
 
 SPARSE = {"density": 0.25, "block_size": 4}
+REFUSAL = r"pisa: expected the whole sequence .* context parallelism"
 PLANS = {"HunyuanVideo": {}}  # diffusers has none for it
 
 
@@ -35,22 +36,29 @@ def test_context_parallelism_is_refused_before(family, two_ranks):
     parallel(pipe, two_ranks, family)
     processors = dict(pipe.transformer.attn_processors)
     for call in (dit_accel.accelerate, dit_accel.pipelines.processor):
-        with pytest.raises(InputError, match=r"pisa: expected the whole sequence .* context paral"):
+        with pytest.raises(InputError, match=REFUSAL):
             call(pipe, "pisa")
     assert pipe.transformer.attn_processors == processors
     assert not hasattr(pipe.transformer, "_dit_accel")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_context_parallelism_is_refused_after(family, two_ranks, compiled):
-    """A shard is never taken for the whole; not in the dense steps either, nor in a graph."""
+def test_context_parallelism_is_refused_after(family, two_ranks):
+    """A shard is never taken for the whole; not in the dense steps either."""
     pipe = family.pipe()
     dit_accel.accelerate(pipe, "pisa", dense_steps=2, **SPARSE)
     parallel(pipe, two_ranks, family)
-    if compiled:
-        pipe.transformer.compile_repeated_blocks(backend="eager")
-    with pytest.raises(InputError, match=r"pisa: expected the whole sequence .* context paral"):
+    with pytest.raises(InputError, match=REFUSAL):
         family.go(pipe)
+
+
+def test_context_parallelism_is_refused_in_a_graph(zoo, two_ranks):
+    wan = zoo.FAMILIES["Wan"]
+    pipe = wan.pipe(**wan.shallow)
+    dit_accel.accelerate(pipe, "pisa", dense_steps=2, **SPARSE)
+    parallel(pipe, two_ranks, wan)
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    with pytest.raises(InputError, match=REFUSAL):
+        wan.go(pipe)
     torch._dynamo.reset()
 
 
@@ -86,10 +94,12 @@ def calls(monkeypatch):
     registry._active_backend = active
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("when", "compiled"), [("before", False), ("after", False), ("after", True)]
+)
 def test_a_chosen_backend_computes_what_is_dense(family, calls, when, compiled):
-    pipe = family.pipe()
+    pipe = family.pipe(**(family.shallow if compiled else {}))
+    layers = 2 if compiled else family.layers
     if when == "before":
         pipe.transformer.set_attention_backend("_native_math")
     dit_accel.accelerate(pipe, "pisa", dense_steps=1, dense_layers=(0,), **SPARSE)
@@ -103,7 +113,7 @@ def test_a_chosen_backend_computes_what_is_dense(family, calls, when, compiled):
     calls.clear()
     family.go(pipe, 3, **family.unguided)
     # all layers of the first step, and the first layer of the other two
-    dense = family.layers + 2
+    dense = layers + 2
     if not compiled:  # a graph has cross-attention in it, and not the function that counts
         cross = 3 * family.layers if family.name == "Wan" else 0
         assert calls.get("_native_math", 0) == dense + cross
