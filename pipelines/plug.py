@@ -32,7 +32,7 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
 
     Args:
         target: a diffusers pipeline, or one of its transformers.
-        method: the name of a preset, or a `Method`.
+        method: the name of a preset, or a `Method`, such as ``Method.from_config("fast.yaml")``.
         options: of the preset, such as ``density=0.15``; ``dense_steps`` and ``dense_layers`` may
             be given beside a `Method` too. What is not given is the preset's default, or what an
             embedded model suggests (`dit_accel.pipelines.embedded.Embedded.method_options`).
@@ -233,13 +233,7 @@ def _made_for(models: dict[str, Any], method: str | Method, options: dict[str, A
             reason = CONTEXT_PARALLEL
         if reason is not None:
             raise InputError(f"{made.name}: {reason}")
-        count = len(family.self_attention(model))
-        for layer in made.schedule.dense_layers:
-            if not -count <= layer < count:
-                raise InputError(
-                    f"dense_layers: expected layers from {-count} to {count - 1} of {name}, got "
-                    f"{layer}"
-                )
+        made.check_layers(len(family.self_attention(model)), name)
     return made
 
 
