@@ -141,6 +141,8 @@ def custom(
     deviations=(
         "The blocks follow a generalised Hilbert curve by default; layout='raster' keeps the "
         "model's order.",
+        "Query blocks are twice as long as key blocks, 128 and 64, since 64 queries at a time "
+        "cannot keep a GPU busy; block_q=64 is the paper's.",
         "Text tokens of a joint sequence are always exact, and never part of a video block.",
         "The first-order term sums over all video key blocks, as the paper's kernel does; "
         "taylor='rest' sums over the blocks left to the rest.",
@@ -149,6 +151,10 @@ def custom(
 def pisa(
     density: Density = 0.15,
     block_size: BlockSize = 64,
+    block_q: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Opt("queries in a block; none is twice as many as keys"),
+    ] = None,
     layout: LayoutOption = "gilbert",
     bias: Annotated[bool, Opt("add the norm of a block's covariance to its score")] = True,
     rest: RestOption = "taylor",
@@ -163,10 +169,11 @@ def pisa(
 
     ``density`` is for ``route="topk"`` and ``"error"``, ``p`` for ``route="topp"``; a route, layout
     or rest that is given as an object brings its own settings. ``block_size`` is ignored by
-    ``layout="cyclic"``.
+    ``layout="cyclic"``, ``block_q`` by layouts that have one block size for both.
     """
+    queries = 2 * block_size if block_q is None else block_q
     return Method(
-        make("layout", layout, block_size=block_size),
+        make("layout", layout, block_size=block_size, query_block_size=queries),
         make("route", route, density=density, p=p, bias=bias),
         make("rest", rest, taylor=taylor, weight=weight),
         Schedule(dense_steps, dense_layers),

@@ -12,9 +12,10 @@ from dit_accel.rest import Centroid, Drop, Moment, Taylor
 from dit_accel.route import Everything, PooledScore
 
 
-def test_pisas_defaults_are_the_papers():
+def test_pisas_defaults_are_the_papers_but_for_the_query_blocks():
     method = presets.pisa()
-    assert method.layout == Gilbert(64)
+    assert method.layout == Gilbert(64, 128)
+    assert presets.pisa(block_q=64).layout == Gilbert(64, 64)
     assert method.route == PooledScore("topk", 0.15, bias=True)
     assert method.rest == Taylor("global")
     assert method.schedule == Schedule()
@@ -25,7 +26,7 @@ def test_pisas_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("options", "attribute", "value"),
     [
-        ({"layout": "raster", "block_size": 32}, "layout", Raster(32)),
+        ({"layout": "raster", "block_size": 32}, "layout", Raster(32, 64)),
         ({"layout": "tile3d"}, "layout", Tile3D((4, 4, 4))),
         ({"layout": "tile3d", "block_size": 128}, "layout", Tile3D((4, 4, 8))),
         ({"layout": "cyclic"}, "layout", Cyclic()),
