@@ -171,7 +171,7 @@ def sampled(tokens):
     return [tokens[(2 * i + 1) * len(tokens) // (2 * count)] for i in range(count)]
 
 
-def levels(q, k, queries, keys, scale, ratios, mode, caps=None):
+def levels(q, k, queries, keys, scale, ratios, mode, caps=None, min_exact=0.0):
     """PSA's level of every pair, by the importance of sampled tokens."""
     every = [m for tokens in keys for m in sampled(tokens)]
     full = [j for j, tokens in enumerate(keys) if tokens]
@@ -189,6 +189,7 @@ def levels(q, k, queries, keys, scale, ratios, mode, caps=None):
             level = next(
                 (p for p, bound in zip((1, 2, 4, 8), ratios, strict=True) if place < bound), 0
             )
+            level = 1 if rank / len(full) < min_exact else level
             while caps and level > 1 and not alike(k, keys[j], level, caps[level]):
                 level //= 2
             line[j] = level

@@ -78,12 +78,13 @@ def test_pooled_levels_follow_the_definition(oracle, monkeypatch, backend, padde
 
 
 @pytest.mark.parametrize("cap", [False, True])
+@pytest.mark.parametrize("least", [0.0, 0.3])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("mode", "ratios"),
     [("threshold", RATIOS["wan-14b"]), ("topk", RATIOS["4-step"]), ("topk", (0.0, 0.3, 0.3, 0.9))],
 )
-def test_the_whole_method_follows_the_equations(oracle, mode, ratios, padded, cap):
+def test_the_whole_method_follows_the_equations(oracle, mode, ratios, padded, least, cap):
     q, k, v = inputs(3)
     q, k = q * 2, k * torch.linspace(0.3, 2, 105).view(1, 1, -1, 1) + (2.0 if cap else 0.0)
     valid = None
@@ -91,7 +92,7 @@ def test_the_whole_method_follows_the_equations(oracle, mode, ratios, padded, ca
         valid = torch.rand(2, 105, generator=torch.Generator().manual_seed(5)) < 0.8
     ctx = Context(Geometry(GRID, key_valid=valid))
     method = presets.psa(
-        ratios=ratios, mode=mode, block_q=20, block_k=9, similarity_cap=cap, layout="gilbert"
+        ratios=ratios, mode=mode, block_q=20, block_k=9, similarity_cap=cap, min_exact=least
     )
     out, report = method(q, k, v, ctx, scale=0.5)
     blocked = method.layout(q, k, v, ctx, 0.5)
@@ -102,7 +103,7 @@ def test_the_whole_method_follows_the_equations(oracle, mode, ratios, padded, ca
             queries = oracle.lists(blocked.queries, b, h)
             keys = oracle.only_valid(oracle.lists(blocked.keys, b, h), keep)
             wanted = oracle.levels(
-                q[b, h], k[b, h], queries, keys, 0.5, ratios, mode, CAPS if cap else None
+                q[b, h], k[b, h], queries, keys, 0.5, ratios, mode, CAPS if cap else None, least
             )
             assert code[b, h].tolist() == wanted
             result, _ = oracle.attend(q[b, h], k[b, h], v[b, h], queries, keys, wanted, 0.5)
@@ -196,6 +197,7 @@ def test_bad_options_are_told():
         ({"ratios": (0.4, 0.5, 0.6, 1.8)}, "expected four rising bounds in"),
         ({"ratios": "wan14b"}, r"got 'wan14b' \(did you mean 'wan-14b'\?\)"),
         ({"mode": "rank"}, "mode: expected threshold | topk"),
+        ({"min_exact": 1.5}, "min_exact: expected float >= 0, <= 1"),
         ({"block_q": 0}, "block_q: expected int >= 1"),
     ):
         with pytest.raises(InputError, match=message):
