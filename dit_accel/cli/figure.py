@@ -36,6 +36,9 @@ def plans(
     ] = 3,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of the whole.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
@@ -63,7 +66,7 @@ def plans(
 
     pipe = load(model, device=device_of(device))
     pipe.set_progress_bar_config(disable=True)
-    request = Request(prompt, steps=steps, seed=seed)
+    request = Request(prompt, height=height, width=width, frames=frames, steps=steps, seed=seed)
     with progress() as bar, torch.inference_mode():
         task = bar.add_task("denoising", total=step + 1)
         captured = capture(
