@@ -82,24 +82,18 @@ class _Seen:
         return self.plan
 
 
-def panels(
-    methods: Mapping[str, Method], captured: Mapping[int, Captured], head: int
-) -> list[Panel]:
+def panels(methods: Mapping[str, Method], captured: Mapping[int, Captured]) -> list[Panel]:
     """Run methods over the captured steps, in order, and map the last one.
 
     Args:
         methods: by the name to show.
         captured: by denoising step, from `dit_accel.eval.capture.capture`; methods with memory see
             all of them.
-        head: which one to show; the others are not computed.
 
     Raises:
-        InputError: there is no such head, or a method is dense at the last step.
+        InputError: a method is dense at the last step.
     """
     steps = sorted(captured)
-    heads = captured[steps[-1]].q.shape[1]
-    if not 0 <= head < heads:
-        raise InputError(f"head: expected one of {heads}, from 0, got {head}")
     found = []
     for name, method in methods.items():
         if method.route is None or method.is_dense(captured[steps[-1]].ctx):
@@ -108,9 +102,8 @@ def panels(
         spied = replace(method, route=seen)
         for step in steps:
             call = captured[step]
-            q, k, v = (x[:1, head : head + 1].float() for x in (call.q, call.k, call.v))
-            out, report = spied(q, k, v, replace(call.ctx, state=state))
-        dense = dense_attention(q, k, v, key_valid=call.ctx.geometry.key_valid)
+            out, report = spied(call.q, call.k, call.v, replace(call.ctx, state=state))
+        dense = dense_attention(call.q, call.k, call.v, key_valid=call.ctx.geometry.key_valid)
         error = float((out - dense).norm() / dense.norm())
         assert seen.blocked is not None
         assert seen.plan is not None
@@ -172,19 +165,18 @@ def _pooled(blocked: Blocked, plan: Plan | TokenPlan) -> float:
     return read / (blocked.q.shape[2] * int(count.sum()))
 
 
-def attention_map(captured: Captured, head: int, layout: Layout | None = None) -> Tensor:
+def attention_map(captured: Captured, layout: Layout | None = None) -> Tensor:
     """How much attention falls on each pixel: shares of a query over what an even one would give.
 
     Args:
         captured: one call.
-        head: which.
         layout: of the order; a Hilbert curve by default.
 
     Returns:
         fp32 ``[PIXELS, PIXELS]``, 1 where attention is what it would be if it were even.
     """
-    q, k, v = (x[:1, head : head + 1].float() for x in (captured.q, captured.k, captured.v))
-    blocked = (layout or Gilbert(1))(q, k, v, captured.ctx)
+    q, k = captured.q, captured.k
+    blocked = (layout or Gilbert(1))(q, k, captured.v, captured.ctx)
     order = blocked.keys.perm[0, 0]
     place, _ = _at(blocked.queries)
     logits = q[0, 0][blocked.queries.perm[0, 0][place]] @ k[0, 0][order].mT * blocked.scale

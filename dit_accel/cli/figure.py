@@ -58,31 +58,35 @@ def plans(
     methods = {name: presets.build(name, **options_for(model, name, {})) for name in names}
     quiet()
     import torch
+    from PIL import Image
 
     from dit_accel.eval import plan_figure
-    from dit_accel.eval.capture import capture
+    from dit_accel.eval.capture import capture, check
     from dit_accel.pipelines import load
     from dit_accel.pipelines.generate import Request
 
     pipe = load(model, device=device_of(device))
     pipe.set_progress_bar_config(disable=True)
     request = Request(prompt, height=height, width=width, frames=frames, steps=steps, seed=seed)
+    check(pipe, request, layer, head, (step - earlier, step))
     with progress() as bar, torch.inference_mode():
         task = bar.add_task("denoising", total=step + 1)
         captured = capture(
             pipe,
             request,
             layer,
+            head,
             (step - earlier, step),
             on_step=lambda done, total: bar.update(task, completed=done),
         )
-        shown = plan_figure.panels(methods, captured, head)
+        shown = plan_figure.panels(methods, captured)
         where = captured[step].ctx
         sheet = plan_figure.draw(
-            plan_figure.attention_map(captured[step], head),
+            plan_figure.attention_map(captured[step]),
             shown,
             f"{model}: layer {where.layer}, head {head}, step {step} of {where.num_steps}. Queries "
             "down, keys across, in the order of each method's layout",
         )
-    media.replace_with(target, lambda part: sheet.save(part, format="PNG", optimize=True))
+    flat = sheet.quantize(256, dither=Image.Dither.NONE)  # a third of the size
+    media.replace_with(target, lambda part: flat.save(part, format="PNG", optimize=True))
     err.print(f"written  {target}", highlight=False, soft_wrap=True)

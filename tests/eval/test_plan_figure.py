@@ -32,7 +32,7 @@ def test_capture_takes_what_the_layer_was_given(pipe, monkeypatch):
     """The same tensors that stock attention computes with, and the pipeline as it was."""
     given = []
     before = {name: type(one) for name, one in pipe.transformer.attn_processors.items()}
-    found = capture(pipe, REQUEST, -1, (0, 1))
+    found = capture(pipe, REQUEST, -1, 2, (0, 1))
     assert sorted(found) == [0, 1]
     assert {name: type(one) for name, one in pipe.transformer.attn_processors.items()} == before
     call = found[1]
@@ -64,21 +64,23 @@ def test_capture_takes_what_the_layer_was_given(pipe, monkeypatch):
     handle.remove()
     # two branches a step: the prompt's own comes first
     for mine, stock in zip((call.q, call.k, call.v), given[inside[2]], strict=True):
-        torch.testing.assert_close(mine, stock.transpose(1, 2), rtol=0, atol=1e-4)
+        torch.testing.assert_close(mine, stock.transpose(1, 2)[:, 2:3], rtol=0, atol=1e-4)
 
 
 def test_capture_tells_bad_places(pipe):
     with pytest.raises(InputError, match="layer: expected one of 6, from 0, got 6"):
-        capture(pipe, REQUEST, 6, (0,))
+        capture(pipe, REQUEST, 6, 0, (0,))
     with pytest.raises(InputError, match="step: expected one of 3, from 0, got 3"):
-        capture(pipe, REQUEST, 0, (1, 3))
+        capture(pipe, REQUEST, 0, 0, (1, 3))
+    with pytest.raises(InputError, match="head: expected one of 4, from 0, got 4"):
+        capture(pipe, REQUEST, 0, 4, (1,))
 
 
 def captured(steps=(0, 1), text=None, length=192):
     found = {}
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        q, k, v = torch.randn(3, 1, 2, length, 8, generator=generator)
+        q, k, v = torch.randn(3, 1, 1, length, 8, generator=generator)
         found[step] = Captured(q, k, v, Context(Geometry(GRID, text), step, 2, 1, 4))
     return found
 
@@ -103,7 +105,7 @@ def test_kinds_of_a_plan_by_hand(rest):
         [4, 8, EXACT, DROP],
         [DROP, REST, 2, EXACT],
     ]
-    (panel,) = plan_figure.panels({"mine": Method(Raster(48), ByHand(code), rest)}, captured(), 1)
+    (panel,) = plan_figure.panels({"mine": Method(Raster(48), ByHand(code), rest)}, captured())
     names = list(plan_figure.KINDS)
     left = "left out" if isinstance(rest, Drop) else "stand-in of the rest"
     wanted = {
@@ -122,7 +124,7 @@ def test_kinds_of_a_plan_by_hand(rest):
     assert panel.density == 5 / 16
     assert panel.pooled == pytest.approx((2 / 2 + 1 / 4 + 1 / 8) / 16)
     assert panel.layout == "raster, 4 by 4 blocks"
-    q, k, v = (x[:, 1:] for x in (captured()[1].q, captured()[1].k, captured()[1].v))
+    q, k, v = captured()[1].q, captured()[1].k, captured()[1].v
     dense = F.scaled_dot_product_attention(q, k, v)
     method = Method(Raster(48), ByHand(code), rest)
     out = dit_accel.attention(q, k, v, method, grid=GRID)
@@ -138,7 +140,7 @@ def test_every_preset_can_be_shown():
         "flashblock": presets.flashblock(block_size=16, refresh=3),
     }
     assert set(methods) == {row.name for row in presets.catalogue() if row.name != "dense"}
-    found = {one.name: one for one in plan_figure.panels(methods, captured(), 0)}
+    found = {one.name: one for one in plan_figure.panels(methods, captured())}
     names = list(plan_figure.KINDS)
     shown = {name: {names[kind] for kind in one.kinds.unique()} for name, one in found.items()}
     assert shown["pisa"] == shown["svg_ear"] == {"exact", "stand-in of the rest"}
@@ -150,7 +152,7 @@ def test_every_preset_can_be_shown():
         share = float((one.kinds == 0).float().mean())
         assert share == pytest.approx(one.density, abs=0.02), "the map shows the density"
     sheet = plan_figure.draw(
-        plan_figure.attention_map(captured()[1], 0), list(found.values()), "a caption"
+        plan_figure.attention_map(captured()[1]), list(found.values()), "a caption"
     )
     colours = {colour for _, colour in sheet.getcolors(1 << 20)}
     used = set().union(*shown.values())
@@ -160,19 +162,17 @@ def test_every_preset_can_be_shown():
 
 def test_the_attention_map_is_attention():
     found = captured(length=192)
-    shown = plan_figure.attention_map(found[1], 1, Raster(1))
-    q, k = found[1].q[0, 1], found[1].k[0, 1]
+    shown = plan_figure.attention_map(found[1], Raster(1))
+    q, k = found[1].q[0, 0], found[1].k[0, 0]
     share = (q @ k.mT * 8**-0.5).softmax(-1) * 192
     wanted = share.repeat_interleave(3, 0).repeat_interleave(3, 1)  # three pixels a token
     torch.testing.assert_close(shown, wanted, rtol=0, atol=1e-5)
 
 
 def test_bad_requests_are_told():
-    with pytest.raises(InputError, match="head: expected one of 2, from 0, got 2"):
-        plan_figure.panels({"pisa": presets.pisa()}, captured(), 2)
     for method in (presets.dense(), presets.pisa(dense_steps=2)):
         with pytest.raises(InputError, match="plan: expected a method that is sparse at step 1"):
-            plan_figure.panels({"it": method}, captured(), 0)
+            plan_figure.panels({"it": method}, captured())
     some = PooledScore(density=0.5)
-    (panel,) = plan_figure.panels({"it": Method(Raster(64), some, Drop())}, captured((1,)), 0)
+    (panel,) = plan_figure.panels({"it": Method(Raster(64), some, Drop())}, captured((1,)))
     assert panel.density == 1 / 3
