@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -73,9 +75,23 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is one of compute capability 9.0."""
+    return device.type == "cuda" and _capability(device.index or 0) == (9, 0)
+
+
 @lru_cache(maxsize=8)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def _too_old(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
+    capability = _capability(index)
     if capability < (8, 0):
         return f"it takes devices of compute capability 8.0 or newer, not {capability}"
     return None
+
+
+def implementation(operation: str, name: str) -> ModuleType:
+    """The module of an operation's implementation, imported when it is first used."""
+    return importlib.import_module(f"dit_accel.kernels.{operation}.{name}")
