@@ -7,7 +7,7 @@ from dit_accel import Context, Geometry, Method
 from dit_accel.cluster import KMeans
 from dit_accel.combinations import RESTS, ROUTES, table
 from dit_accel.error_route import ErrorAware
-from dit_accel.layout import LAYOUTS
+from dit_accel.layout import LAYOUTS, Cyclic, Gilbert, Raster, Tile3D
 from dit_accel.pyramid import CAPS, Pyramid
 from dit_accel.rest import Drop, Moment
 from dit_accel.route import PooledScore
@@ -15,7 +15,18 @@ from dit_accel.token_route import Gate
 
 GRID, TEXT = (3, 4, 5), slice(60, 67)
 SCALE = 5**-0.5
-PAIRS = [(pair.route, pair.rest) for pair in table() if pair.reason is None]
+PAIRS = list(dict.fromkeys((one.route, one.rest) for one in table() if one.reason is None))
+MADE = {
+    "raster": Raster(8),
+    "gilbert": Gilbert(8, query_block_size=12),
+    "tile3d": Tile3D((2, 2, 2)),
+    "cyclic": Cyclic(2, (3, 4), (2, 2, 3)),
+    "kmeans": KMeans(4, 6),
+}
+
+
+def test_every_layout_is_tried():
+    assert set(MADE) == {*LAYOUTS, "kmeans"}
 
 
 class Seen:
@@ -66,7 +77,7 @@ def wanted_plan(oracle, route, rest, q, k, v, blocked, queries, every, keep):
     return queries, oracle.with_text(code, len(queries), len(keys))
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "kmeans"])
+@pytest.mark.parametrize("layout", MADE)
 @pytest.mark.parametrize(("route", "rest"), PAIRS)
 def test_whatever_is_not_refused_follows_the_equations(oracle, layout, route, rest):
     """Plan and output, on a shape that nothing divides, with text and with padding in both."""
@@ -74,9 +85,8 @@ def test_whatever_is_not_refused_follows_the_equations(oracle, layout, route, re
     q, k, v = torch.randn(3, 2, 2, 67, 5, generator=generator, dtype=torch.float64)
     q = 2 * q  # attention that is neither flat nor one-hot
     valid = torch.rand(2, 67, generator=generator) < 0.9
-    made = KMeans(4, 6) if layout == "kmeans" else LAYOUTS[layout](8)
     seen = Seen(ROUTES[route])
-    method = Method(made, seen, RESTS[rest])
+    method = Method(MADE[layout], seen, RESTS[rest])
     out, report = method(q, k, v, Context(Geometry(GRID, TEXT, valid), layer=2))
     blocked = seen.blocked
     # head by head the oracle takes its time: one batch element and head, another for every pair
