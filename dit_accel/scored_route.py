@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_summary import block_mean
 from dit_accel.layout import Blocked, Statistic
@@ -31,15 +32,19 @@ class Scored:
     Attributes:
         score: called as ``score(blocked, ctx)``; ``[B|1, H|1, Nq, Nk]`` over the video blocks, the
             first ``num_video`` of each side. Larger is better.
-        density: above 0, at most 1.
+        density: above 0, at most 1; by layer or by step if need be.
     """
 
     score: Callable[[Blocked, Context], Tensor]
-    density: float = 0.15
+    density: Budget = 0.15
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise InputError(f"Scored: density: expected 0 < density <= 1, got {self.density!r}")
+        object.__setattr__(self, "density", budget("Scored: density", self.density))
+
+    @property
+    def budget(self) -> tuple[str, Budget]:
+        """The budget."""
+        return "density", self.density
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -62,7 +67,7 @@ class Scored:
             device=score.device,
         )
         if rows and columns:
-            chosen = choose_topk(score, available, self.density)
+            chosen = choose_topk(score, available, share_at(*self.budget, ctx))
             code[:, :, :rows, :columns] = torch.where(chosen, EXACT, REST).to(torch.int8)
         return Plan(code)
 

@@ -54,7 +54,7 @@ def plans(
         raise InputError(f"earlier: expected 1 to {step} steps, the step itself, got {earlier}")
     # those around another method come last
     rows = sorted(presets.catalogue(), key=lambda row: row.inherits is not None)
-    names = method or [row.name for row in rows if row.name != "dense"]
+    names = method or [row.name for row in rows if row.paper is not None]
     methods = {name: presets.build(name, **options_for(model, name, {})) for name in names}
     quiet()
     import torch

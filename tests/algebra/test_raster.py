@@ -8,6 +8,7 @@ from dit_accel import Context, Geometry, State, presets
 
 GRID = (3, 5, 7)
 RASTER = {
+    "custom": {"block_size": 8},
     "pisa": {"block_size": 8},
     "svg_ear": {"block_size": 8},
     "psa": {"block_q": 8, "block_k": 8},

@@ -109,5 +109,5 @@ def test_a_score_of_another_shape_is_told():
     method = dit_accel.Method(Raster(16), Scored(lambda blocked, ctx: q[:, :, :3, :3]), Drop())
     with pytest.raises(InputError, match=r"score: expected \[B\|1, H\|1, 14, 14\], got \[2, 2, 3"):
         dit_accel.attention(q, k, v, method, grid=GRID)
-    with pytest.raises(InputError, match="Scored: density: expected 0 < density <= 1, got 0"):
+    with pytest.raises(InputError, match="Scored: density: expected float > 0, <= 1, got 0"):
         Scored(lambda blocked, ctx: q, 0)
