@@ -475,16 +475,22 @@ def attend_kernel(
         )
 
 
-def attend(problem: Problem, rest: RestTerms | None, box: int, *, init: bool = False) -> None:
-    """A whole problem; with ``init`` on top of the partial that ``out`` and ``lse`` hold.
+def attend(
+    problem: Problem,
+    rest: RestTerms | None,
+    box: int,
+    onto: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """A whole problem, on top of a partial if there is one.
 
     Args:
         problem: in fp16 or bf16, head size 64 or 128, tiles of 128 queries and ``box`` keys.
         rest: what stands in for the blocks of code -1.
         box: tokens of a key tile: 64, 32, 16 or 8.
-        init: whether a partial stands in ``out`` and ``lse``, to be merged.
+        onto: attention over other keys, ``out`` ``[B, H, L, D]`` and ``lse`` ``[B, H, L]``.
     """
     q, out = problem.q, problem.out
+    init, init_lse = (x.contiguous() for x in onto or (out, problem.lse))
     heads, length, depth = q.shape[1:]
     columns = problem.code.shape[3]
     terms = rest_tables(rest, q, problem.scale)
@@ -504,8 +510,8 @@ def attend(problem: Problem, rest: RestTerms | None, box: int, *, init: bool = F
         problem.counts,
         problem.code,
         terms["bias"],
-        out,
-        problem.lse,
+        init,
+        init_lse,
         out,
         problem.lse,
         heads,
@@ -527,7 +533,7 @@ def attend(problem: Problem, rest: RestTerms | None, box: int, *, init: bool = F
         PER=_TURN,
         WEIGHT=weight,
         FIRST_ORDER=first_order,
-        INIT=init,
+        INIT=onto is not None,
         D=depth,
         **LAUNCH,
     )
