@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_accel.kernels.order import valid_order
 
@@ -17,6 +20,25 @@ MOST_ROWS = 1 << (31 - START_BIT)
 """Rows of a head that such numbers can tell apart."""
 BLOCK_BIT = 4
 """The block of a tile, shifted by so many bits, and the level that it is pooled to."""
+
+
+T = TypeVar("T")
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def remembered(perm: Tensor, offsets: Tensor, what: Hashable, make: Callable[[], T]) -> T:
+    """What is made of an order, kept as long as the order is.
+
+    A layout that depends on the grid alone gives the same tensors at every step, and launching a
+    dozen small operations anew takes longer than a short sequence's attention.
+    """
+    known = _known.setdefault(offsets, {})
+    found = known.get(what)
+    if found is not None and found[0]() is perm:
+        return found[1]  # type: ignore[no-any-return]
+    made = make()
+    known[what] = weakref.ref(perm), made
+    return made
 
 
 class Compact(NamedTuple):
@@ -32,12 +54,25 @@ class Compact(NamedTuple):
 
 def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
     """Take padding out of an order; arguments as in `order.valid_order`."""
+    if valid is None:
+        return remembered(
+            perm,
+            offsets,
+            "compact",
+            lambda: Compact(
+                perm.to(torch.int32).contiguous(), offsets.to(torch.int32).contiguous()
+            ),
+        )
     tokens, bounds = valid_order(perm, offsets, valid)
-    tokens = tokens.to(torch.int32)
-    if valid is not None:
-        place = torch.arange(tokens.shape[-1], device=tokens.device)
-        tokens = torch.where(place < valid.sum(-1)[:, None, None], tokens, -1)
+    place = torch.arange(tokens.shape[-1], device=tokens.device)
+    tokens = torch.where(place < valid.sum(-1)[:, None, None], tokens.to(torch.int32), -1)
     return Compact(tokens.contiguous(), bounds.contiguous())
+
+
+def _plain(perm: Tensor, offsets: Tensor) -> Compact:
+    # an alias, since what is remembered of a tensor must not keep it
+    bounds = offsets.to(torch.int32).contiguous().detach()
+    return Compact(perm.to(torch.int32).contiguous(), bounds)
 
 
 class Tiles(NamedTuple):
