@@ -32,6 +32,9 @@ from dit_accel.kernels.specimen import Specimen, typed
 LOG2E = tl.constexpr(1.4426950408889634)
 KEPT_BYTES = 2**30
 """What partials and lists may take."""
+SETTING: dict[str, Any] = {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3}
+"""Queries and keys of a tile, and how the attention itself is launched."""
+_WIDE: dict[str, Any] = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 _TILE = 128
 """Tokens that are sorted by one program."""
 _COLUMNS = 32
@@ -116,7 +119,7 @@ def _place(choice_ptr, count_ptr, end_ptr, list_ptr, place_ptr, length, BINS: tl
 
 @triton.jit
 def _step(query, acc, peak, total, chosen, keys, values, base, first, stop, scale,
-          BN: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+          BN: tl.constexpr, RAGGED: tl.constexpr, ALL: tl.constexpr):  # fmt: skip
     """The online softmax over ``BN`` keys; tokens that did not choose them stay as they are."""
     key = keys.load([base + first, 0])
     value = values.load([base + first, 0])
@@ -124,10 +127,15 @@ def _step(query, acc, peak, total, chosen, keys, values, base, first, stop, scal
     if RAGGED:
         place = first + tl.arange(0, BN)
         logit = tl.where((place < stop)[None, :], logit, float("-inf"))
-    new = tl.where(chosen, tl.maximum(peak, tl.max(logit, 1) * scale), peak)
-    fade = tl.where(new == float("-inf"), 1.0, tl.exp2(peak - new))
-    # the exponential of minus infinity is 0, so no weight has to be masked
-    weight = tl.exp2(logit * scale - tl.where(chosen, new, float("inf"))[:, None])
+    new = tl.maximum(peak, tl.max(logit, 1) * scale)
+    if ALL:
+        fade = tl.exp2(peak - new)
+        weight = tl.exp2(logit * scale - new[:, None])
+    else:
+        new = tl.where(chosen, new, peak)
+        fade = tl.where(chosen, tl.exp2(peak - new), 1.0)
+        # the exponential of minus infinity is 0, so no weight has to be masked
+        weight = tl.exp2(logit * scale - tl.where(chosen, new, float("inf"))[:, None])
     total = total * fade + tl.sum(weight, 1)
     acc = acc * fade[:, None]
     acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
@@ -194,11 +202,11 @@ def _attend(
         whole = start + (stop - start) // BN * BN
         for first in range(start, whole, BN):
             acc, peak, total = _step(
-                query, acc, peak, total, chosen, keys, values, base, first, stop, scale, BN, False,
+                query, acc, peak, total, chosen, keys, values, base, first, stop, scale, BN, False, G == 1,
             )  # fmt: skip
         if whole < stop:
             acc, peak, total = _step(
-                query, acc, peak, total, chosen, keys, values, base, whole, stop, scale, BN, True,
+                query, acc, peak, total, chosen, keys, values, base, whole, stop, scale, BN, True, G == 1,
             )  # fmt: skip
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     where = unit * length + place
@@ -280,6 +288,7 @@ def token_attention(
     key_valid: Tensor | None,
     scale: float,
     rest: None,
+    setting: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, depth = q.shape
     blocks = select.shape[3]
@@ -292,7 +301,7 @@ def token_attention(
     select = select if select.stride(3) == 1 else select.contiguous()
     tokens, bounds = compact(k_perm, k_offsets, key_valid)
 
-    size = group_size(length, blocks)
+    size = (setting or {}).get("G") or group_size(length, blocks)
     bins, tiles = 2**size, triton.cdiv(length, _TILE)
     every = triton.cdiv(blocks, size)
     units = max(1, KEPT_BYTES // (length * (depth * q.itemsize + 13) + 8 * bins * tiles))
@@ -303,8 +312,9 @@ def token_attention(
         return torch.empty(*shape, dtype=dtype, device=device)
 
     keys, values = (room(pairs, length, depth, dtype=x.dtype) for x in (k, v))
-    half = q.dtype != torch.float32
-    block_m, block_n = (128, 64) if half else (64, 32)
+    options = {**(SETTING if q.dtype != torch.float32 else _WIDE), **(setting or {})}
+    options.pop("G", None)
+    block_m, block_n = options.pop("BM"), options.pop("BN")
     described = [
         TensorDescriptor.from_tensor(x.view(-1, depth), [block_n, depth]) for x in (keys, values)
     ]
@@ -363,9 +373,7 @@ def token_attention(
                 G=size,
                 BM=block_m,
                 BN=block_n,
-                num_warps=8 if half else 4,
-                num_stages=2,
-                maxnreg=128 if half else None,
+                **options,
             )
             _merge[(triton.cdiv(length, 32), some)](
                 part,
@@ -408,7 +416,7 @@ def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
         (_merge, {"D": depth, "BT": 32, "FIRST": True, "LAST": True}, 4),
         (_merge, {"D": depth, "BT": 32, "FIRST": False, "LAST": False}, 4),
     ]
-    attend = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
+    attend = {name: SETTING[name] for name in ("num_warps", "num_stages")}
     return [
         Specimen(
             f"{kernel.__name__} {dtype} D={depth} G={size}",
