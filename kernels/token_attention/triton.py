@@ -202,11 +202,13 @@ def _attend(
         whole = start + (stop - start) // BN * BN
         for first in range(start, whole, BN):
             acc, peak, total = _step(
-                query, acc, peak, total, chosen, keys, values, base, first, stop, scale, BN, False, G == 1,
+                query, acc, peak, total, chosen, keys, values, base, first, stop, scale,
+                BN, False, G == 1,
             )  # fmt: skip
         if whole < stop:
             acc, peak, total = _step(
-                query, acc, peak, total, chosen, keys, values, base, whole, stop, scale, BN, True, G == 1,
+                query, acc, peak, total, chosen, keys, values, base, whole, stop, scale,
+                BN, True, G == 1,
             )  # fmt: skip
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     where = unit * length + place
