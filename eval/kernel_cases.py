@@ -277,7 +277,6 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
     {"G": 1},
     {"G": 2},
     {"G": 4},
-    {"G": 8},
 )
 """Launches of token attention beside the usual one."""
 
