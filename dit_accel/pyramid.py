@@ -50,6 +50,8 @@ class Pyramid:
         similarity_cap: pool a block to a level only if the mean cosine of the neighbours that would
             be pooled is at least `CAPS`, otherwise to the next finer one.
         seed: of ``sample="random"``.
+        min_exact: least share of a row's blocks that is exact, the best ones, whatever the bounds
+            say; 0.08 in the public code, with ``mode="threshold"``.
     """
 
     ratios: tuple[float, float, float, float] = RATIOS["wan-14b"]
@@ -57,6 +59,7 @@ class Pyramid:
     sample: Literal["stride", "random"] = "stride"
     similarity_cap: bool = False
     seed: int = 0
+    min_exact: float = 0.0
 
     def __post_init__(self) -> None:
         ratios = self.ratios
@@ -70,6 +73,8 @@ class Pyramid:
                 "Pyramid: ratios: expected four rising bounds in [0, 1], of levels 1, 2, 4 and 8, "
                 f"got {ratios!r}"
             )
+        if not 0 <= self.min_exact <= 1:
+            raise InputError(f"Pyramid: min_exact: expected 0 to 1, got {self.min_exact!r}")
         for name, known in (("mode", ("threshold", "topk")), ("sample", ("stride", "random"))):
             if getattr(self, name) not in known:
                 raise InputError(
@@ -156,16 +161,19 @@ class Pyramid:
         full = (count > 0).unsqueeze(-2)
         score = importance.masked_fill(~full, -torch.inf)
         ratios = _on(self.ratios, torch.float64, score.device)
+        one = full.to(score.dtype)
+        number = one.sum(-1, keepdim=True, dtype=torch.float64)
+        worth, total = one, number
         if self.mode == "threshold":
             worth = importance.masked_fill(~full, 0.0)
             total = worth.sum(-1, keepdim=True, dtype=torch.float64)
             total = total.clamp(min=torch.finfo(torch.float32).tiny)
-        else:
-            worth = full.to(score.dtype)
-            total = worth.sum(-1, keepdim=True, dtype=torch.float64)
         # within all bounds is the finest level
         code = _on((DROP, *reversed(LEVELS)), torch.int8, score.device)
-        return code[rank_levels(score, worth, ratios * total).int()]
+        level = code[rank_levels(score, worth, ratios * total).int()]
+        if self.min_exact:
+            level = level.masked_fill(rank_levels(score, one, self.min_exact * number) > 0, EXACT)
+        return level
 
 
 def _heads(tensor: Tensor, heads: slice) -> Tensor:

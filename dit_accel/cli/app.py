@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.cli import bench, doctor, generate, listing, tiny_wan
+from dit_accel.cli import bench, doctor, figure, generate, listing, tiny_wan
+from dit_accel.cli.config import with_config
 
 app = typer.Typer(
     name="dit-accel",
@@ -35,10 +36,11 @@ def root(
     """Diffusion transformers made faster by sparse attention, without retraining."""
 
 
-app.command("generate")(generate.generate)
+app.command("generate")(with_config(generate.generate))
 app.command("methods")(listing.methods)
 app.command("models")(listing.models)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
+app.add_typer(figure.app, name="figure")
 app.add_typer(tiny_wan.train_app, name="train")
 app.add_typer(tiny_wan.check_app, name="check")

@@ -166,7 +166,7 @@ def test_methods(cli):
     assert cli("methods", "nothing")[0] == 2
     code, out, _ = cli("methods", "--table")
     assert code == 0
-    for word in ("token gate", "moment, rest", "none is left to a rest", "for every token"):
+    for word in ("gate", "cyclic", "moment, rest", "none is left to a rest", "for every token"):
         assert word in out
 
 
@@ -182,7 +182,7 @@ def test_models_and_version(cli):
 def test_doctor(cli):
     code, out, _ = cli("doctor")
     assert code == 0
-    for word in ("torch", "diffusers", "ffmpeg", "CPU", "attention: reference", "xformers"):
+    for word in ("torch", "diffusers", "ffmpeg", "CPU", "attention: reference", "dense xformers"):
         assert word in out
     found = {f["name"]: f for f in json.loads(cli("doctor", "--json")[1])["findings"]}
     assert found["attention: reference"]["works"]
@@ -192,8 +192,11 @@ def test_doctor(cli):
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
 def test_doctor_says_why_not(cli):
     found = {f["name"]: f for f in json.loads(cli("doctor", "--json")[1])["findings"]}
-    for name in ("GPU", "attention: batched", "attention: sdpa cudnn", "triton"):
+    for name in ("GPU", "attention: batched", "attention: dense cudnn", "triton"):
         assert not found[name]["works"], name
+    for name in ("sdpa", "flash"):
+        assert found[f"attention: dense {name}"]["works"], name
+    assert "there is none" in found["attention: dense cudnn"]["why"]
 
 
 def test_bench_attention(cli, tmp_path):
@@ -255,3 +258,24 @@ def test_the_console_script_is_this():
         check=True,
     )
     assert "2602.01077" in done.stdout
+
+
+def test_figure_of_plans(cli, tmp_path):
+    from PIL import Image
+
+    words = ["figure", "plans", "--out", "plans.png", "--step", "1", "--earlier", "1", *QUICK]
+    code, _, err = cli(*words, "--method", "pisa", "--method", "vmoba")
+    assert (code, "written" in err) == (0, True)
+    with Image.open("plans.png") as sheet:
+        assert sheet.size[0] == 1824
+    for more, message in (
+        ([], "plans.png"),
+        (["--force", "--head", "99"], "head: expected one of 4, from 0, got 99"),
+        (["--force", "--method", "piza"], "did you mean 'pisa'"),
+        (["--force", "--earlier", "2"], "earlier: expected 1 to 1 steps"),
+        (["--force", "--out", "plans.jpg"], "out: expected a name that ends in .png"),
+    ):
+        code, _, err = cli(*words, *more)
+        assert code == 2
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
