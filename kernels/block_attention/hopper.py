@@ -40,9 +40,9 @@ _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 @gluon.jit
 def _rows_of(entries, turn, row, boxes: gl.constexpr):
     """Where the boxes of one turn of a list begin: all read at once, for keys and values."""
-    found: Any = (row + (gl.load(entries + turn * boxes) >> _BITS),)
+    found = (row + (gl.load(entries + turn * boxes) >> _BITS),)
     for i in gl.static_range(1, boxes):
-        found = found + (row + (gl.load(entries + turn * boxes + i) >> _BITS),)  # noqa: RUF005
+        found = found + (row + (gl.load(entries + turn * boxes + i) >> _BITS),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
