@@ -16,7 +16,7 @@ from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.pipelines.families import Family
 from dit_accel.pipelines.session import MethodProcessor
-from dit_accel.types import Geometry
+from dit_accel.types import Context, Geometry
 
 
 class HunyuanVideoProcessor(MethodProcessor, HunyuanVideoAttnProcessor2_0):
@@ -59,16 +59,36 @@ class HunyuanVideoProcessor(MethodProcessor, HunyuanVideoAttnProcessor2_0):
         binding, ctx = self.begin(attn)
         if self.method.is_dense(ctx):
             self.note_dense(binding, ctx, hidden_states, attn.heads)
-            return super().__call__(
-                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            return self._dense(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, ctx
             )
         query, key, value = self._project(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb
         )
         out, report = self.method(query, key, value, ctx)
         binding.record(ctx, report)
-        out = out.transpose(1, 2).flatten(2)
-        video, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        return self._project_out(attn, out.transpose(1, 2), encoder_hidden_states.shape[1])
+
+    def _dense(
+        self,
+        attn: Attention,
+        video: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor] | None,
+        ctx: Context,
+    ) -> tuple[Tensor, Tensor]:
+        """What a step or layer runs that the method leaves dense: diffusers' own code."""
+        made: tuple[Tensor, Tensor] = HunyuanVideoAttnProcessor2_0.__call__(
+            self, attn, video, text, mask, rotary_emb
+        )
+        return made
+
+    @staticmethod
+    def _project_out(attn: Attention, out: Tensor, num_text: int) -> tuple[Tensor, Tensor]:
+        """Video and text, ``[B, L, C]`` each, of outputs ``[B, L, H, D]``."""
+        out = out.flatten(2)
+        video, text = out.split([out.shape[1] - num_text, num_text], dim=1)
         # single blocks project outside of the attention
         if attn.to_out is not None:
             video = attn.to_out[1](attn.to_out[0](video))
@@ -108,7 +128,26 @@ def _self_attention(model: Any) -> list[Any]:
 
 
 def _geometry(model: Any, given: Mapping[str, Any]) -> Geometry:
-    latent, mask = given["hidden_states"], given["encoder_attention_mask"]
+    mask = given["encoder_attention_mask"]
+    # as diffusers has it: the valid tokens are taken to come first, wherever the mask has them
+    valid = mask.sum(dim=1, dtype=torch.int)
+    return joint_geometry(
+        model, given["hidden_states"], given["encoder_hidden_states"].shape[1], valid
+    )
+
+
+def joint_geometry(model: Any, latent: Tensor, num_text: int, valid: Tensor) -> Geometry:
+    """Of video tokens, and then text of which the first are valid.
+
+    Args:
+        model: the transformer.
+        latent: ``[B, C, T, H, W]``.
+        num_text: text tokens, padding included.
+        valid: int ``[B]``, how many of them are not padding.
+
+    Raises:
+        InputError: the latents have another rank.
+    """
     if latent.ndim != 5:
         raise InputError(
             f"hidden_states: expected latents [B, C, T, H, W], got shape {list(latent.shape)}"
@@ -118,13 +157,11 @@ def _geometry(model: Any, given: Mapping[str, Any]) -> Geometry:
         size // step for size, step in zip(latent.shape[2:], patch, strict=True)
     )
     start = math.prod((frames, rows, columns))
-    stop = start + given["encoder_hidden_states"].shape[1]
-    # as diffusers has it: the valid tokens are taken to come first, wherever the mask has them
-    valid = start + mask.sum(dim=1, dtype=torch.int)
+    stop = start + num_text
     return Geometry(
         (frames, rows, columns),
         text=slice(start, stop),
-        key_valid=torch.arange(stop, device=mask.device) < valid.unsqueeze(1),
+        key_valid=torch.arange(stop, device=valid.device) < (start + valid).unsqueeze(1),
     )
 
 

@@ -1,5 +1,5 @@
-"""Dense attention with a key mask."""
+"""Dense attention with a key mask, and over some of the keys."""
 
-from dit_accel.kernels.dense_attention.api import dense_attention
+from dit_accel.kernels.dense_attention.api import dense_attention, dense_partial
 
-__all__ = ["dense_attention"]
+__all__ = ["dense_attention", "dense_partial"]
