@@ -163,7 +163,9 @@ class Method:
         """
         check_tensors(q, k, v, ctx)
         if self.layout is None or self.route is None or self.rest is None or self.is_dense(ctx):
-            raise InputError(f"{self.name}: expected a step and layer that are not dense, got dense")
+            raise InputError(
+                f"{self.name}: expected a step and layer that are not dense, got dense"
+            )
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise InputError(
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "

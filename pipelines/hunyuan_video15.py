@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5: joint attention over video, then image, glyph and language tokens, padding last.
+"""HunyuanVideo 1.5: joint attention over video, then image, glyphs and text, padding last.
 
 Its transformer puts the valid tokens of all three texts first, so that the mask says how many there
 are. diffusers makes a mask ``[B, 1, L, L]`` of it in every layer: about 12 GiB for a clip of 121

@@ -1,18 +1,9 @@
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from dit_accel.pipelines.tiny_wan import model
-
-_spec = importlib.util.spec_from_file_location(
-    "specimens", Path(__file__).with_name("specimens.py")
-)
-specimens = sys.modules["specimens"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(specimens)
 
 SMALL = {
     "num_layers": 3,

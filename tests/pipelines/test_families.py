@@ -10,7 +10,7 @@ from specimens import EVERY, PROMPTS, calls_of, copied, go, joined, models_of, r
 import dit_accel
 from dit_accel import InputError, Method, Schedule
 from dit_accel.layout import LAYOUTS
-from dit_accel.pipelines import load, processor, session_of
+from dit_accel.pipelines import processor, session_of
 from dit_accel.rest import Centroid
 from dit_accel.route import PooledScore
 
@@ -32,13 +32,7 @@ LOW = {
 PADDED = ("hunyuan", "hunyuan_i2v", "hunyuan15", "hunyuan15_i2v")
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # fp64; diffusers itself rotates and norms in fp32
 
-_loaded = {}
 _recorded = {}
-
-
-@pytest.fixture(scope="session")
-def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("families")
 
 
 @pytest.fixture(params=EVERY)
@@ -47,18 +41,9 @@ def specimen(request):
 
 
 @pytest.fixture
-def pipe(specimen, directory):
+def pipe(specimen, family):
     """Saved by diffusers and loaded by `load`; as good as new after every test."""
-    key = specimen.make
-    if key not in _loaded:
-        place = directory / specimen.name
-        specimens.built(key).save_pretrained(place)
-        _loaded[key] = load(place)
-        _loaded[key].set_progress_bar_config(disable=True)
-        for name, value in specimen.short.items():
-            setattr(_loaded[key], name, value)
-    yield _loaded[key]
-    dit_accel.restore(_loaded[key])
+    return family(specimen)
 
 
 def recorded(pipe, specimen, prompt=PROMPTS[0]):
@@ -124,9 +109,9 @@ def test_dense_through_ours_is_stock_to_the_bit(pipe, specimen):
     assert dit_accel.accelerate(pipe, "dense") is pipe
     assert torch.equal(go(pipe, specimen), wanted)
     log = session_of(pipe).log
-    assert log.by_step == dict.fromkeys(range(2), 1.0)
+    assert log.by_step == dict.fromkeys(range(specimen.call["num_inference_steps"]), 1.0)
     assert log.by_layer == dict.fromkeys(range(specimen.layers), 1.0)
-    pipe.set_attn_processor("pisa", dense_steps=2, **LOW["pisa"])
+    pipe.set_attn_processor("pisa", dense_steps=9, **LOW["pisa"])
     assert torch.equal(go(pipe, specimen), wanted)
 
 
@@ -200,12 +185,8 @@ def test_a_batch_of_two_is_two_batches_of_one(pipe, specimen):
     try:
         alone = [through(models, calls, "pisa", **LOW["pisa"]) for calls in (one, two)]
         assert (alone[0][0] - alone[1][0]).abs().max() > 1e-6, "the prompts matter"
-        calls = [
-            (name, joined(a, b)) for (name, a), (_, b) in zip(one, two, strict=True)
-        ]
-        for got, *wanted in zip(
-            through(models, calls, "pisa", **LOW["pisa"]), *alone, strict=True
-        ):
+        calls = [(name, joined(a, b)) for (name, a), (_, b) in zip(one, two, strict=True)]
+        for got, *wanted in zip(through(models, calls, "pisa", **LOW["pisa"]), *alone, strict=True):
             torch.testing.assert_close(got, torch.cat(wanted), **CLOSE)
     finally:
         for model in models.values():
@@ -232,7 +213,9 @@ def test_padded_text_changes_nothing(record, options):
             spoiled += int(padding.sum())
         garbled.append((name, kwargs))
     assert spoiled > len(calls)
-    for got, out in zip(through(models, garbled, "pisa", block_size=4, **options), wanted, strict=True):
+    for got, out in zip(
+        through(models, garbled, "pisa", block_size=4, **options), wanted, strict=True
+    ):
         torch.testing.assert_close(got, out, **CLOSE)
 
 
