@@ -38,7 +38,8 @@ def dense_partial(
 ) -> tuple[Tensor, Tensor]:
     """Attention over keys that are only some of all, with the normaliser that merging needs.
 
-    In chunks of queries: the logits never take more than 64 MiB, or what one query's take.
+    In chunks of queries: the logits never take more than 64 MiB, or what one query's take. They are
+    computed from fp32 copies of the keys and values (fp64 for fp64).
 
     Args:
         q: ``[B, H, L, D]``.
@@ -65,11 +66,12 @@ def dense_partial(
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=work)
+    k, v = k.to(work), v.to(work)
     row = q.shape[0] * q.shape[1] * k.shape[2] * work.itemsize
     step = max(1, _CHUNK_BYTES // row)
     for first in range(0, q.shape[2], step):
         some = slice(first, first + step)
-        logits = (q[:, :, some] @ k.mT).to(work).mul_(scale)
+        logits = (q[:, :, some].to(work) @ k.mT).mul_(scale)
         lse[:, :, some] = logits.logsumexp(-1)
-        out[:, :, some] = logits.softmax(-1).to(v.dtype) @ v
+        out[:, :, some] = logits.softmax(-1) @ v
     return out, lse
