@@ -20,7 +20,6 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor
 
-from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import dense_attention, dense_partial
 from dit_accel.method import Method
@@ -90,17 +89,22 @@ class Flux2Processor(MethodProcessor, _Base):
         binding, ctx = self.begin(attn)
         extract = kv_cache_mode == "extract"
         refs = num_ref_tokens if extract or kv_cache_mode == "cached" else 0
+        # with references as keys, and among themselves
+        beside = ctx.geometry.length * refs + (refs * refs if extract else 0)
         if self.method.is_dense(ctx):
-            # in the shape of text and result, which the references are no part of
-            every = dense_pairs(_like(hidden_states, attn, ctx), None)
-            binding.record(ctx, _with_references(Report(every, every), ctx, refs, extract))
+            self.note_dense(binding, ctx, hidden_states, attn.heads, beside)
             stock = self._single if single else self._dual
             stock._attention_backend = self._attention_backend
-            named: dict[str, Any] = {"kv_cache": kv_cache, "kv_cache_mode": kv_cache_mode}
-            named["num_ref_tokens"] = num_ref_tokens
-            if single:
-                named["num_txt_tokens"] = num_txt_tokens
-            made: Tensor | tuple[Tensor, Tensor] = stock(attn, hidden_states, *inputs, **named)
+            texts = {"num_txt_tokens": num_txt_tokens} if single else {}
+            made: Tensor | tuple[Tensor, Tensor] = stock(
+                attn,
+                hidden_states,
+                *inputs,
+                kv_cache=kv_cache,
+                kv_cache_mode=kv_cache_mode,
+                num_ref_tokens=num_ref_tokens,
+                **texts,
+            )
             return made
         mlp = None
         if single:
@@ -112,7 +116,7 @@ class Flux2Processor(MethodProcessor, _Base):
             out, report = self._beside_references(qkv, ctx, kv_cache, refs, extract)
         else:
             out, report = self.method(*qkv, ctx)
-        binding.record(ctx, report)
+        binding.record(ctx, Report(report.exact_pairs + beside, report.all_pairs + beside))
         out = out.transpose(1, 2).flatten(2)
         if mlp is not None:
             return attn.to_out(torch.cat([out, attn.mlp_act_fn(mlp)], dim=-1))
@@ -146,19 +150,7 @@ class Flux2Processor(MethodProcessor, _Base):
         if kept is not None:
             words, result = out.split([ctx.geometry.num_text, ctx.geometry.num_video], 2)
             out = torch.cat([words, dense_attention(*kept), result], 2)
-        return out, _with_references(report, ctx, refs, extract)
-
-
-def _like(hidden_states: Tensor, attn: Any, ctx: Context) -> Tensor:
-    """Something of the shape of the queries of text and result, without their memory."""
-    shape = hidden_states.shape[0], attn.heads, ctx.geometry.length
-    return hidden_states.new_empty(()).expand(shape)
-
-
-def _with_references(report: Report, ctx: Context, refs: int, extract: bool) -> Report:
-    """A report with the pairs of references: theirs as keys, and among themselves."""
-    more = ctx.geometry.length * refs + (refs * refs if extract else 0)
-    return Report(report.exact_pairs + more, report.all_pairs + more)
+        return out, report
 
 
 def _split(attn: Flux2ParallelSelfAttention, projected: Tensor) -> tuple[Tensor, Tensor]:

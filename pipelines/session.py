@@ -236,9 +236,20 @@ class MethodProcessor:
         binding = binding_of(attn)
         return binding, binding.context()
 
-    def note_dense(self, binding: Binding, ctx: Context, hidden_states: Tensor, heads: int) -> None:
-        """Record a call that diffusers' own code computes. ``hidden_states`` is ``[B, …]``."""
+    def note_dense(
+        self,
+        binding: Binding,
+        ctx: Context,
+        hidden_states: Tensor,
+        heads: int,
+        beside: int = 0,
+    ) -> None:
+        """Record a call that diffusers' own code computes. ``hidden_states`` is ``[B, …]``.
+
+        Args:
+            beside: pairs of every head with tokens that the geometry knows nothing of.
+        """
         where = ctx.geometry
         like = hidden_states.new_empty(()).expand(hidden_states.shape[0], heads, where.length)
-        every = dense_pairs(like, where.key_valid)
+        every = dense_pairs(like, where.key_valid) + beside
         binding.record(ctx, Report(every, every))

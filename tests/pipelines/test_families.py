@@ -6,13 +6,11 @@ import pytest
 import specimens
 import torch
 from specimens import EVERY, PROMPTS, calls_of, copied, go, joined, models_of, replay
+from spy import spying
 
 import dit_accel
-from dit_accel import InputError, Method, Schedule
-from dit_accel.layout import LAYOUTS
+from dit_accel import InputError
 from dit_accel.pipelines import processor, session_of
-from dit_accel.rest import Centroid
-from dit_accel.route import PooledScore
 
 # block sizes that divide nothing here
 FULL = {
@@ -29,6 +27,11 @@ LOW = {
     "vmoba": {"threshold": 0.1, "layout": "gilbert", "block_size": 4},
     "flashblock": {"density": 0.2, "block_size": 4, "refresh": 2},
 }
+# what the others do to tokens, one of these does
+DISTINCT = (
+    "wan", "wan_i2v", "wan_vace", "hunyuan", "hunyuan_i2v", "hunyuan15", "hunyuan15_i2v",
+    "flux_dev", "kontext", "flux2", "flux2_image", "klein_kv_image",
+)  # fmt: skip
 PADDED = ("hunyuan", "hunyuan_i2v", "hunyuan15", "hunyuan15_i2v")
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # fp64; diffusers itself rotates and norms in fp32
 
@@ -38,6 +41,11 @@ _recorded = {}
 @pytest.fixture(params=EVERY)
 def specimen(request):
     return EVERY[request.param]
+
+
+def of(names):
+    """Of some specimens alone."""
+    return pytest.mark.parametrize("specimen", [EVERY[name] for name in names], ids=names)
 
 
 @pytest.fixture
@@ -73,24 +81,6 @@ def through(models, calls, method, **options):
     for model in models.values():
         dit_accel.accelerate(model, method, **options)
     return replay(models, calls)
-
-
-class Spy:
-    """A route that notes where it was called."""
-
-    needs = ()
-
-    def __init__(self):
-        self.seen = []
-        self.inner = PooledScore(density=0.3, bias=False)
-
-    def __call__(self, blocked, rest, ctx):
-        self.seen.append((ctx.step, ctx.num_steps, ctx.layer, ctx.branch, ctx.geometry))
-        return self.inner(blocked, rest, ctx)
-
-
-def spying(**schedule):
-    return Method(LAYOUTS["raster"](4), Spy(), Centroid(), Schedule(**schedule), name="spy")
 
 
 def test_loading_gives_the_stock_pipeline(pipe, specimen):
@@ -142,6 +132,7 @@ def test_low_density_differs_and_restore_undoes_it(pipe, specimen):
     assert torch.equal(go(pipe, specimen), wanted)
 
 
+@of(DISTINCT)
 @pytest.mark.parametrize("method", FULL)
 def test_at_full_density_every_method_is_dense(record, method):
     """In fp64, where nothing but a wrong formula could tell them apart."""
@@ -150,6 +141,7 @@ def test_at_full_density_every_method_is_dense(record, method):
         torch.testing.assert_close(got, stock, **CLOSE)
 
 
+@of(DISTINCT)
 @pytest.mark.parametrize("method", LOW)
 def test_at_low_density_every_method_differs(record, method):
     models, calls, wanted = record
@@ -194,7 +186,7 @@ def test_a_batch_of_two_is_two_batches_of_one(pipe, specimen):
 
 
 @pytest.mark.parametrize("options", [{"density": 1.0}, {"density": 0.2}, {"dense_steps": 9}])
-@pytest.mark.parametrize("specimen", [EVERY[name] for name in PADDED], ids=PADDED, indirect=False)
+@of(PADDED)
 def test_padded_text_changes_nothing(record, options):
     models, calls, _ = record
     wanted = through(models, calls, "pisa", block_size=4, **options)

@@ -14,36 +14,16 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
 )
+from spy import spying
 
 import dit_accel
-from dit_accel import InputError, Method, Schedule, presets
-from dit_accel.layout import LAYOUTS
+from dit_accel import InputError, presets
 from dit_accel.pipelines import session_of
 from dit_accel.pipelines.flux import FluxProcessor
 from dit_accel.pipelines.plug import prepare
 from dit_accel.pipelines.session import ATTRIBUTE
-from dit_accel.rest import Centroid
-from dit_accel.route import PooledScore
 
 SPARSE = {"density": 0.25, "block_size": 4}
-
-
-class Spy:
-    """A route that notes where it was called."""
-
-    needs = ()
-
-    def __init__(self):
-        self.seen = []
-        self.inner = PooledScore(density=0.3, bias=False)
-
-    def __call__(self, blocked, rest, ctx):
-        self.seen.append((ctx.step, ctx.num_steps, ctx.layer, ctx.branch, ctx.geometry))
-        return self.inner(blocked, rest, ctx)
-
-
-def spying(**schedule):
-    return Method(LAYOUTS["raster"](4), Spy(), Centroid(), Schedule(**schedule), name="spy")
 
 
 @pytest.fixture(scope="module")

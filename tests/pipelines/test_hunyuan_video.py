@@ -9,14 +9,12 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from spy import spying
 
 import dit_accel
-from dit_accel import InputError, Method, Schedule, presets
-from dit_accel.layout import LAYOUTS
+from dit_accel import InputError, presets
 from dit_accel.pipelines import session_of
 from dit_accel.pipelines.hunyuan_video import HunyuanVideoProcessor
-from dit_accel.rest import Centroid
-from dit_accel.route import PooledScore
 
 SPARSE = {"density": 0.25, "block_size": 4}
 SMALL = {
@@ -31,24 +29,6 @@ SMALL = {
     "pooled_projection_dim": 8,
     "rope_axes_dim": (4, 6, 6),
 }
-
-
-class Spy:
-    """A route that notes where it was called."""
-
-    needs = ()
-
-    def __init__(self):
-        self.seen = []
-        self.inner = PooledScore(density=0.3, bias=False)
-
-    def __call__(self, blocked, rest, ctx):
-        self.seen.append((ctx.step, ctx.num_steps, ctx.layer, ctx.branch, ctx.geometry))
-        return self.inner(blocked, rest, ctx)
-
-
-def spying(**schedule):
-    return Method(LAYOUTS["raster"](4), Spy(), Centroid(), Schedule(**schedule), name="spy")
 
 
 def random_model(**changes):

@@ -5,13 +5,10 @@ import copy
 import pytest
 import specimens
 import torch
+from spy import spying
 
 import dit_accel
-from dit_accel import Method, Schedule
-from dit_accel.layout import LAYOUTS
 from dit_accel.pipelines import hunyuan_video15, session_of
-from dit_accel.rest import Centroid
-from dit_accel.route import PooledScore
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +49,10 @@ def run(model, given):
 
 @pytest.mark.parametrize("image", [False, True])
 def test_the_geometry_counts_what_is_valid_of_all_three(model, image):
-    seen = []
-
-    class Spy(PooledScore):
-        def __call__(self, blocked, rest, ctx):
-            seen.append(ctx.geometry)
-            return super().__call__(blocked, rest, ctx)
-
-    method = Method(LAYOUTS["raster"](4), Spy(density=0.3), Centroid(), Schedule(), name="spy")
+    method = spying()
     dit_accel.accelerate(model, method)
     run(model, given(image))
-    where = seen[0]
+    *_, where = method.route.seen[0]
     assert (where.grid, where.text) == ((3, 4, 5), slice(60, 81))
     shown = 5 * image
     assert where.key_valid.sum(1).tolist() == [60 + shown + 10, 60 + shown + 4]
