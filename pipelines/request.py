@@ -69,7 +69,7 @@ class Kind:
     refuses: Mapping[str, str]
     unit: Callable[[Any], int]
     needs_image: bool = False
-    more: Callable[[Request], dict[str, Any]] = lambda request: {}
+    more: Callable[[Any, Request], dict[str, Any]] = lambda pipe, request: {}
     unguided: Callable[[Any], str | None] = lambda pipe: None
 
     def default(self, name: str) -> Any:
@@ -117,11 +117,12 @@ def _distilled(pipe: Any) -> str | None:
     return "this checkpoint was distilled to do without" if pipe.config.is_distilled else None
 
 
-def _area(request: Request) -> dict[str, Any]:
+def _area(pipe: Any, request: Request) -> dict[str, Any]:
     """Kontext would take the ratio of the sizes alone, and a million pixels of its own."""
-    if request.height is None or request.width is None:
+    if request.height is None and request.width is None:
         return {}
-    return {"max_area": request.height * request.width}
+    own = pipe.default_sample_size * pipe.vae_scale_factor
+    return {"max_area": (request.height or own) * (request.width or own)}
 
 
 def _wan(name: str, *, image: bool = False) -> Kind:
@@ -255,6 +256,12 @@ def check(kind: Kind, request: Request) -> None:
         value = getattr(request, name)
         if value is not None and value < 1:
             raise InputError(f"{name}: expected a positive integer, got {value}")
+    one_size = (request.height is None) != (request.width is None)
+    if kind.video and one_size and kind.default("height") is None:
+        raise InputError(
+            f"height, width: expected both or neither for a {kind.name}, got {request.height} and "
+            f"{request.width}"
+        )
     guidance = request.guidance
     if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
         raise InputError(f"guidance: expected a number, 0 or more, got {guidance}")
@@ -317,5 +324,5 @@ def call_of(pipe: Any, request: Request) -> dict[str, Any]:
     return {
         "prompt": request.prompt,
         **{name: value for name, value in given.items() if value is not None},
-        **kind.more(request),
+        **kind.more(pipe, request),
     }

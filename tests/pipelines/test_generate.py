@@ -76,6 +76,14 @@ def test_an_image_reaches_the_model(family, monkeypatch):
         assert not torch.equal(one, two)
 
 
+def test_one_side_of_kontext_leaves_the_other_to_the_model(family, monkeypatch):
+    pipe = family(EVERY["kontext"])
+    prepare(pipe)
+    monkeypatch.setattr(pipe, "default_sample_size", 10)  # of eight pixels
+    ask = Request("a red circle", height=48, steps=1)
+    assert generate(pipe, ask).frames.shape == (1, 3, 48, 80)
+
+
 def test_guidance_of_a_component(family):
     pipe = family(EVERY["hunyuan15"])
     prepare(pipe)
@@ -103,6 +111,7 @@ def test_guidance_of_a_component(family):
         ("wan", {"image": picture(64, 64)}, "since it starts from text alone"),
         ("hunyuan", {"negative_prompt": "x"}, "one counts only beside a true_cfg_scale"),
         ("hunyuan15_i2v", {"height": 64}, "since it follows the image's shape"),
+        ("hunyuan15", {"height": 64}, "expected both or neither for a Hun.*, got 64 and None"),
         ("hunyuan15", {"frames": 6}, "frames: expected one more than a multiple of 4, got 6"),
     ],
 )
