@@ -59,6 +59,7 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
         key_valid=blocked.geometry.key_valid,
         scale=blocked.scale,
         rest=rest.terms(blocked, ctx),
+        levels=plan.levels,
     )
     return Partial(out, lse)
 

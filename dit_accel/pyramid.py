@@ -95,7 +95,7 @@ class Pyramid:
             device=blocked.q.device,
         )
         if not (rows and columns and self.ratios[0] < 1):
-            return Plan(code)
+            return Plan(code, LEVELS[1:])
         keys, queries = blocked.keys, blocked.queries
         tokens, bounds = valid_order(keys.perm, keys.offsets, blocked.geometry.key_valid)
         bounds = bounds[..., : columns + 1]
@@ -122,7 +122,7 @@ class Pyramid:
                 )
                 level = allowed.gather(-1, level.mT.long()).mT
             code[:, some, :rows, :columns] = level
-        return Plan(code)
+        return Plan(code, LEVELS[1:])
 
     def _sampled(self, tokens: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
         """A quarter of every block's tokens, at least one, and where those of each block lie.

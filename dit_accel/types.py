@@ -152,9 +152,11 @@ class Plan:
     Attributes:
         code: int8 ``[B|1, H|1, Nq, Nk]``; ``EXACT`` (1), ``DROP`` (0), ``REST`` (-1), or a pooling
             level 2, 4, 8. Rows and columns of text blocks are ``EXACT``.
+        levels: which pooling levels ``code`` may hold.
     """
 
     code: Tensor
+    levels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

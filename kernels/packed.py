@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.order import valid_order
+
 LENGTH_BITS = 8
 """A tile is one number: how long it is in the lowest bits, ..."""
 START_BIT = LENGTH_BITS + 3
@@ -29,26 +31,13 @@ class Compact(NamedTuple):
 
 
 def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
-    """Take padding out of an order.
-
-    Args:
-        perm: int64 ``[B|1, H|1, L]``.
-        offsets: integer ``[B|1, H|1, N + 1]``.
-        valid: bool ``[B, L]`` by token, or ``None`` when every token is.
-    """
-    if valid is None:
-        return Compact(perm.to(torch.int32).contiguous(), offsets.to(torch.int32).contiguous())
-    batch, heads = valid.shape[0], max(perm.shape[1], offsets.shape[1])
-    perm = perm.expand(batch, heads, -1)
-    bounds = offsets.long().expand(batch, heads, -1)
-    keep = valid[:, None].expand(-1, heads, -1).gather(2, perm)
-    before = torch.nn.functional.pad(keep.cumsum(-1), (1, 0))
-    place = torch.where(keep, before[..., :-1], keep.shape[-1])
-    # one place more than tokens: padding is written there
-    made = perm.new_full((batch, heads, keep.shape[-1] + 1), -1).scatter_(2, place, perm)
-    made[..., -1] = -1
-    packed = made[..., :-1].to(torch.int32).contiguous()
-    return Compact(packed, before.gather(2, bounds).to(torch.int32).contiguous())
+    """Take padding out of an order; arguments as in `order.valid_order`."""
+    tokens, bounds = valid_order(perm, offsets, valid)
+    tokens = tokens.to(torch.int32)
+    if valid is not None:
+        place = torch.arange(tokens.shape[-1], device=tokens.device)
+        tokens = torch.where(place < valid.sum(-1)[:, None, None], tokens, -1)
+    return Compact(tokens.contiguous(), bounds.contiguous())
 
 
 class Tiles(NamedTuple):

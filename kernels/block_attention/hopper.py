@@ -23,7 +23,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_attention.api import RestTerms
-from dit_accel.kernels.block_attention.triton import WEIGHTS, Problem, lead, rest_tables
+from dit_accel.kernels.block_attention.triton import WEIGHTS, Problem, rest_tables
+from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT
 from dit_accel.kernels.specimen import Specimen
 
@@ -490,10 +491,10 @@ def attend(problem: Problem, rest: RestTerms | None, box: int, *, init: bool = F
         0 if rest is None else -(-columns // _TURN),
         problem.scale,
         *q.stride()[:3],
-        *lead(problem.queries.perm),
-        *lead(problem.q_tiles.span),
-        *lead(problem.code),
-        *lead(terms["bias"]),
+        *lead_strides(problem.queries.perm),
+        *lead_strides(problem.q_tiles.span),
+        *lead_strides(problem.code),
+        *lead_strides(terms["bias"]),
         *out.stride()[:3],
         BOX=box,
         PER=_TURN,

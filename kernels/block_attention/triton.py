@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
     BLOCK_BIT,
     LENGTH_BITS,
@@ -294,19 +295,11 @@ def gathered(x: Tensor, order: Compact) -> Tensor:
         heads,
         length,
         *x.stride()[:3],
-        *lead(order.perm),
+        *lead_strides(order.perm),
         D=depth,
         BLOCK=block,
     )
     return out
-
-
-def lead(tensor: Tensor) -> tuple[int, int]:
-    """Strides of the two leading dimensions, 0 where they are 1."""
-    return tuple(
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape[:2], tensor.stride()[:2], strict=True)
-    )  # type: ignore[return-value]
 
 
 class Problem(NamedTuple):
@@ -392,8 +385,8 @@ def packed(
         rows,
         columns,
         num_tiles,
-        *lead(code),
-        *lead(k_tiles.span),
+        *lead_strides(code),
+        *lead_strides(k_tiles.span),
         SIZE=size,
         CHUNK=1024,
         AHEAD=_AHEAD,
@@ -433,10 +426,10 @@ def _attend(
         problem.grid[0],
         problem.scale,
         *q.stride()[:3],
-        *lead(problem.queries.perm),
-        *lead(problem.q_tiles.span),
-        *lead(problem.code),
-        *lead(terms["bias"]),
+        *lead_strides(problem.queries.perm),
+        *lead_strides(problem.q_tiles.span),
+        *lead_strides(problem.code),
+        *lead_strides(terms["bias"]),
         *problem.out.stride()[:3],
         D=depth,
         BM=bm,

@@ -7,8 +7,8 @@ operations for a block of ``n`` keys. On a card of 4 TB/s and 500 TFLOP/s that i
 attention itself at 125 keys a block and a sixth of it at 750. So blocks that are small are taken
 by the group, two, four or eight at once. The tokens of a group are sorted by which of its blocks
 they chose, in the order of a Gray code; then nearly all tiles hold tokens of one choice, a tile
-goes through the blocks of that, and leaves one partial for the whole group. Where two choices meet in a
-tile, it goes through the blocks of both, and each token counts its own.
+goes through the blocks of that, and leaves one partial for the whole group. Where two choices meet
+in a tile, it goes through the blocks of both, and each token counts its own.
 
 Some heads and groups at a time, so that what is kept in between is bounded whatever is selected.
 The host reads nothing: lists have room for every token, and tiles that find none end at once.
