@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2Attention,
     Flux2KVAttnProcessor,
@@ -20,10 +21,10 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor
 
+from dit_accel.attend import attend_all
 from dit_accel.errors import InputError
-from dit_accel.kernels.dense_attention import dense_attention, dense_partial
 from dit_accel.method import Method
-from dit_accel.partial import Partial, merge
+from dit_accel.partial import merge
 from dit_accel.pipelines.families import Family
 from dit_accel.pipelines.flux import by_heads, normed, project, self_attention
 from dit_accel.pipelines.positions import grids_of
@@ -146,10 +147,14 @@ class Flux2Processor(MethodProcessor, _Base):
             key, value = (x.transpose(1, 2) for x in cache.get())
             query, own_key, own_value = qkv
         own, report = self.method.partial(query, own_key, own_value, ctx)
-        out = merge(own, Partial(*dense_partial(query, key, value))).out
+        out = merge(own, attend_all(query, key, value)).out
         if kept is not None:
             words, result = out.split([ctx.geometry.num_text, ctx.geometry.num_video], 2)
-            out = torch.cat([words, dense_attention(*kept), result], 2)
+            # diffusers holds heads after tokens
+            alone = dispatch_attention_fn(
+                *(x.transpose(1, 2) for x in kept), backend=self._attention_backend
+            )
+            out = torch.cat([words, alone.transpose(1, 2), result], 2)
         return out, report
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import dit_accel
 from dit_accel import Context, Geometry, InputError, Method, Schedule, State, presets
-from dit_accel.kernels.dense_attention import dense_partial
-from dit_accel.partial import Partial, merge
+from dit_accel.attend import attend_all
+from dit_accel.partial import merge
 
 LAYOUTS = ("raster", "gilbert", "tile3d", "cyclic")
 RESTS = ("drop", "centroid", "taylor", "moment")
@@ -63,7 +63,7 @@ def test_a_partial_merges_with_attention_to_yet_other_keys():
     ctx = Context(Geometry((3, 5, 7)))
     method = presets.pisa(density=1.0, block_size=8)
     partial, report = method.partial(q, k, v, ctx)
-    merged = merge(partial, Partial(*dense_partial(q, more_k, more_v))).out
+    merged = merge(partial, attend_all(q, more_k, more_v)).out
     wanted = dense64(q, torch.cat([k, more_k], 2), torch.cat([v, more_v], 2))
     torch.testing.assert_close(merged, wanted, rtol=0, atol=1e-13)
     assert report.density == 1.0
