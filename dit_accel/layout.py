@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -128,9 +128,11 @@ def join_text(
     start, stop = text_span
     tokens = torch.where(cells < start, cells, cells + (stop - start))
     perm = torch.cat([tokens, torch.arange(start, stop)])
-    every = torch.tensor([0, *sizes, *cut(stop - start, text_block)])
-    offsets = every.cumsum(0).to(torch.int32)
-    return Blocks(perm.to(device).view(1, 1, -1), offsets.to(device).view(1, 1, -1), len(sizes))
+    every = [*sizes, *cut(stop - start, text_block)]
+    offsets = torch.tensor([0, *every]).cumsum(0).to(torch.int32)
+    return Blocks(
+        perm.to(device).view(1, 1, -1), offsets.to(device).view(1, 1, -1), len(sizes), max(every)
+    )
 
 
 # What a layout makes of a grid: the cells in order, and the sizes of the blocks.
@@ -320,13 +322,8 @@ class Cyclic:
         return _blocked(q, k, v, ctx, scale, blocks, blocks)
 
 
-LAYOUTS: dict[str, Callable[[int], Layout]] = {
-    "raster": lambda block_size: Raster(block_size),
-    "gilbert": lambda block_size: Gilbert(block_size),
-    "tile3d": lambda block_size: Tile3D(tile_of(block_size)),
-    "cyclic": lambda block_size: Cyclic(),
-}
-"""Layouts by name, for a block size in tokens (which `Cyclic` has no use for)."""
+LAYOUTS: Final = {"raster": Raster, "gilbert": Gilbert, "tile3d": Tile3D, "cyclic": Cyclic}
+"""The layouts that depend on the grid alone, by name."""
 
 
 def tile_of(block_size: int) -> tuple[int, int, int]:

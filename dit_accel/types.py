@@ -107,11 +107,14 @@ class Blocks:
             ``offsets[i] .. offsets[i + 1] - 1``. Empty blocks are allowed.
         num_video: blocks ``0 .. num_video - 1`` hold video tokens, the others text tokens, which
             always come last in the order.
+        longest: tokens of the longest block, or a bound of it, where a layout knows without
+            asking the device.
     """
 
     perm: Tensor
     offsets: Tensor
     num_video: int
+    longest: int | None = None
 
     @property
     def num_blocks(self) -> int:

@@ -29,7 +29,7 @@ from dit_accel.pipelines.families import Family
 from dit_accel.pipelines.flux import by_heads, normed, project, self_attention
 from dit_accel.pipelines.positions import grids_of
 from dit_accel.pipelines.session import MethodProcessor
-from dit_accel.types import Context, Geometry, Report
+from dit_accel.types import Geometry, Report
 
 _QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -87,13 +87,13 @@ class Flux2Processor(MethodProcessor, _Base):
                 f"{self.method.name}: expected no mask in FLUX.2's attention, got one of shape "
                 f"{list(mask.shape)}"
             )
-        binding, ctx = self.begin(attn)
         extract = kv_cache_mode == "extract"
         refs = num_ref_tokens if extract or kv_cache_mode == "cached" else 0
-        # with references as keys, and among themselves
-        beside = ctx.geometry.length * refs + (refs * refs if extract else 0)
-        if self.method.is_dense(ctx):
-            self.note_dense(binding, ctx, hidden_states, attn.heads, beside)
+        own = hidden_states.shape[1] + (0 if text is None else text.shape[1])
+        own -= refs if extract else 0
+        # pairs with references as keys, and among themselves
+        beside = own * refs + (refs * refs if extract else 0)
+        if self.steps_aside(attn, hidden_states, beside):
             stock = self._single if single else self._dual
             stock._attention_backend = self._attention_backend
             texts = {"num_txt_tokens": num_txt_tokens} if single else {}
@@ -114,11 +114,9 @@ class Flux2Processor(MethodProcessor, _Base):
         else:
             qkv = project(attn, hidden_states, text, rotary_emb)
         if refs:
-            out, report = self._beside_references(qkv, ctx, kv_cache, refs, extract)
+            out = self._beside_references(attn, qkv, kv_cache, refs, extract, beside)
         else:
-            out, report = self.method(*qkv, ctx)
-        binding.record(ctx, Report(report.exact_pairs + beside, report.all_pairs + beside))
-        out = out.transpose(1, 2).flatten(2)
+            out = self.attend(attn, *qkv)
         if mlp is not None:
             return attn.to_out(torch.cat([out, attn.mlp_act_fn(mlp)], dim=-1))
         assert text is not None
@@ -127,13 +125,20 @@ class Flux2Processor(MethodProcessor, _Base):
 
     def _beside_references(
         self,
+        attn: Any,
         qkv: _QKV,
-        ctx: Context,
         cache: Flux2KVLayerCache | None,
         refs: int,
         extract: bool,
-    ) -> tuple[Tensor, Report]:
-        """The method over text and result, merged with the references, which stay exact."""
+        beside: int,
+    ) -> Tensor:
+        """``[B, L, H * D]``: the method over text and result, merged with exact references."""
+        if torch.compiler.is_compiling():
+            raise InputError(
+                f"{self.method.name}: expected klein KV's references outside of a compiled graph, "
+                "got them inside of one, where only whole sequences are supported"
+            )
+        binding, ctx = self.begin(attn)
         kept = None
         if extract:
             # [text, references, result]
@@ -155,7 +160,8 @@ class Flux2Processor(MethodProcessor, _Base):
                 *(x.transpose(1, 2) for x in kept), backend=self._attention_backend
             )
             out = torch.cat([words, alone.transpose(1, 2), result], 2)
-        return out, report
+        binding.record(ctx, Report(report.exact_pairs + beside, report.all_pairs + beside))
+        return out.transpose(1, 2).flatten(2)
 
 
 def _split(attn: Flux2ParallelSelfAttention, projected: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.pipelines.families import Family
 from dit_accel.pipelines.session import MethodProcessor
-from dit_accel.types import Context, Geometry
+from dit_accel.types import Geometry
 
 
 class HunyuanVideoProcessor(MethodProcessor, HunyuanVideoAttnProcessor2_0):
@@ -56,39 +56,13 @@ class HunyuanVideoProcessor(MethodProcessor, HunyuanVideoAttnProcessor2_0):
         """
         if encoder_hidden_states is None:
             return self._refine(attn, hidden_states, attention_mask=attention_mask)
-        binding, ctx = self.begin(attn)
-        if self.method.is_dense(ctx):
-            self.note_dense(binding, ctx, hidden_states, attn.heads)
-            return self._dense(
-                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, ctx
+        if self.steps_aside(attn, hidden_states):
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
-        query, key, value = self._project(
-            attn, hidden_states, encoder_hidden_states, image_rotary_emb
-        )
-        out, report = self.method(query, key, value, ctx)
-        binding.record(ctx, report)
-        return self._project_out(attn, out.transpose(1, 2), encoder_hidden_states.shape[1])
-
-    def _dense(
-        self,
-        attn: Attention,
-        video: Tensor,
-        text: Tensor,
-        mask: Tensor | None,
-        rotary_emb: tuple[Tensor, Tensor] | None,
-        ctx: Context,
-    ) -> tuple[Tensor, Tensor]:
-        """What a step or layer runs that the method leaves dense: diffusers' own code."""
-        made: tuple[Tensor, Tensor] = HunyuanVideoAttnProcessor2_0.__call__(
-            self, attn, video, text, mask, rotary_emb
-        )
-        return made
-
-    @staticmethod
-    def _project_out(attn: Attention, out: Tensor, num_text: int) -> tuple[Tensor, Tensor]:
-        """Video and text, ``[B, L, C]`` each, of outputs ``[B, L, H, D]``."""
-        out = out.flatten(2)
-        video, text = out.split([out.shape[1] - num_text, num_text], dim=1)
+        projected = self._project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        out = self.attend(attn, *projected, mask=attention_mask)
+        video, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
         # single blocks project outside of the attention
         if attn.to_out is not None:
             video = attn.to_out[1](attn.to_out[0](video))
@@ -143,7 +117,7 @@ def joint_geometry(model: Any, latent: Tensor, num_text: int, valid: Tensor) -> 
         model: the transformer.
         latent: ``[B, C, T, H, W]``.
         num_text: text tokens, padding included.
-        valid: int ``[B]``, how many of them are not padding.
+        valid: int ``[B]`` or ``[1]``, how many of them are not padding.
 
     Raises:
         InputError: the latents have another rank.
@@ -158,10 +132,12 @@ def joint_geometry(model: Any, latent: Tensor, num_text: int, valid: Tensor) -> 
     )
     start = math.prod((frames, rows, columns))
     stop = start + num_text
+    # one mask for several videos of a prompt
+    valid = (start + valid).expand(latent.shape[0])
     return Geometry(
         (frames, rows, columns),
         text=slice(start, stop),
-        key_valid=torch.arange(stop, device=valid.device) < (start + valid).unsqueeze(1),
+        key_valid=torch.arange(stop, device=valid.device) < valid.unsqueeze(1),
     )
 
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from dit_accel.pipelines.families import Family
 from dit_accel.pipelines.hunyuan_video import HunyuanVideoProcessor, joint_geometry
-from dit_accel.types import Context, Geometry
+from dit_accel.types import Geometry
 
 
 class HunyuanVideo15Processor(HunyuanVideoProcessor):
@@ -27,26 +25,14 @@ class HunyuanVideo15Processor(HunyuanVideoProcessor):
     the text runs diffusers' own code. One instance may serve all modules.
     """
 
-    def _dense(
-        self,
-        attn: Attention,
-        video: Tensor,
-        text: Tensor,
-        mask: Tensor | None,
-        rotary_emb: tuple[Tensor, Tensor] | None,
-        ctx: Context,
-    ) -> tuple[Tensor, Tensor]:
-        """As diffusers, by the backend that it was told to use, without its mask of all pairs."""
-        valid = ctx.geometry.key_valid
-        query, key, value = self._project(attn, video, text, rotary_emb)
-        out = dispatch_attention_fn(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=None if valid is None else valid[:, None, None, :],
-            backend=self._attention_backend,
-        )
-        return self._project_out(attn, out.type_as(query), text.shape[1])
+    def steps_aside(self, attn: Any, hidden_states: Tensor, beside: int = 0) -> bool:
+        """Never: dense steps go by `run`, which asks diffusers for attention, and not for masks."""
+        return False
+
+    def run(self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """As in the base, with a mask of the keys in place of one of the text."""
+        valid = self.begin(attn)[1].geometry.key_valid
+        return super().run(attn, q, k, v, None if valid is None else valid[:, None, None, :])
 
 
 def _geometry(model: Any, given: Mapping[str, Any]) -> Geometry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +32,11 @@ def generate(
     ] = "tiny-wan",
     method: Annotated[str, typer.Option(help="See dit-accel methods.")] = "pisa",
     density: Annotated[
-        float | None, typer.Option(help="Share of block pairs computed exactly, in (0, 1].")
+        str | None,
+        typer.Option(
+            help="Share of block pairs computed exactly, in (0, 1]; 0.3,0.2 by layer, "
+            "0:1.0,0.2:0.15 by step."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -67,17 +72,20 @@ def generate(
         bool, typer.Option("--compare", help="Also generate densely, and compare.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    configured: Mapping[str, Any] | None = None,
 ) -> None:
     """Generate a clip or an image, and say what it took.
 
     Beside it a JSON file tells every setting, the versions and what was measured. With --compare a
     second file shows dense on the left and the method on the right.
     """
+    from dit_accel import presets
     from dit_accel.errors import InputError
     from dit_accel.pipelines import media
 
     # whatever can be refused is refused before anything is loaded
-    options = method_options(method, density, settings or (), dense_steps, dense_layers)
+    options = method_options(method, density, settings or (), dense_steps, dense_layers, configured)
+    presets.build(method, **options)
     chosen_dtype = dtype_of(dtype)
     if fps is not None and not 1 <= fps <= 240:
         raise InputError(f"fps: expected an integer from 1 to 240, got {fps}")
@@ -107,7 +115,7 @@ def generate(
     request = effective(pipe, asked)
 
     accelerate(pipe, method, **options)
-    effective_options = dict(_method_of(pipe).options)
+    made = _method_of(pipe)
     dense: Generation | None = None
     with progress() as bars:
         if compare:
@@ -125,8 +133,9 @@ def generate(
 
     from dit_accel.cli.report import measured, tell, times
     from dit_accel.eval import records
+    from dit_accel.options import plain
 
-    made, _, rows, columns = result.frames.shape
+    count, _, rows, columns = result.frames.shape
     record = {
         "model": model,
         "pipeline": type(pipe).__name__,
@@ -134,17 +143,18 @@ def generate(
         "negative_prompt": negative_prompt,
         "image": None if image is None else str(image),
         "method": method,
-        "options": effective_options,
+        "options": made.to_config()["options"],
         "seed": seed,
         "steps": request.steps,
         "guidance": request.guidance,
-        "height": rows,
-        "width": columns,
-        "frames": made if kind.video else None,
+        # none where it cannot be asked for: a record is enough to repeat a run
+        "height": rows if "height" in kind.arguments else None,
+        "width": columns if "width" in kind.arguments else None,
+        "frames": count if kind.video else None,
         "fps": rate if kind.video else None,
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "device": str(pipe.device),
-        "density_asked": effective_options.get("density"),
+        "density_asked": plain(made.density_asked),
         "density": result.density,
         "density_by_step": result.by_step,
         "density_by_layer": result.by_layer,

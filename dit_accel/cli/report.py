@@ -39,8 +39,11 @@ def tell(record: dict[str, Any], result: Generation) -> None:
     """What a user wants to know of a record, on stdout."""
     from rich.table import Table
 
+    from dit_accel.density import in_words
+
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     asked = record["density_asked"]
+    *_, rows, columns = result.frames.shape
     shown = ", ".join(
         f"{name}={value}" for name, value in record["options"].items() if name != "density"
     )
@@ -48,24 +51,23 @@ def tell(record: dict[str, Any], result: Generation) -> None:
         ("image", "") if record["frames"] is None else ("clip", f"{record['frames']} frames of ")
     )
     guidance = "" if record["guidance"] is None else f"guidance {record['guidance']:g}, "
-    rows = {
+    told = {
         "method": record["method"] + (f" ({shown})" if shown else ""),
-        "density": ("" if asked is None else f"{asked:g} asked, ")
+        "density": ("" if asked is None else f"{in_words(asked)} asked, ")
         + f"{result.density:.3f} measured",
-        what: f"{of}{record['width']}x{record['height']}, {record['steps']} steps, "
-        f"{guidance}seed {record['seed']}",
+        what: f"{of}{columns}x{rows}, {record['steps']} steps, {guidance}seed {record['seed']}",
         "time": f"{record['seconds']['step_median']:.2f} s per step, "
         f"{record['seconds']['total']:.1f} s in all, on {record['device']} in {record['dtype']}",
     }
     compared = record["compared"]
     if compared is not None:
         dense = record["dense_seconds"]["step_median"]
-        rows["to dense"] = (
+        told["to dense"] = (
             f"PSNR {compared['psnr']:.2f} dB, SSIM {compared['ssim']:.4f}, "
             f"{compared['step_time_ratio']:.2f}x its time per step ({dense:.2f} s)"
         )
-        rows["compare"] = record["compare_out"]
-    rows["file"] = record["out"]
-    for name, text in rows.items():
+        told["compare"] = record["compare_out"]
+    told["file"] = record["out"]
+    for name, text in told.items():
         table.add_row(name, text)
     out.print(table, highlight=False, soft_wrap=True)

@@ -58,6 +58,8 @@ def block_attention(
     scale: float | None = None,
     rest: RestTerms | None = None,
     levels: tuple[int, ...] | None = None,
+    q_longest: int | None = None,
+    k_longest: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan over blocks, exact pairs and rest under one softmax normaliser.
@@ -74,6 +76,7 @@ def block_attention(
         scale: of the logits; ``D ** -0.5`` by default.
         rest: what stands in for code -1.
         levels: which of 2, 4 and 8 ``code`` may hold; ``None`` looks, and waits for the device.
+        q_longest, k_longest: tokens of the longest block, where the caller knows; never less.
         backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
@@ -118,6 +121,7 @@ def block_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = resolve(backend, q, BACKENDS, _refusal(q, scale, rest, levels))
     run = implementation("block_attention", chosen).block_attention
+    known = {"q_longest": q_longest, "k_longest": k_longest} if chosen == "triton" else {}
     return run(
         q,
         k,
@@ -130,6 +134,7 @@ def block_attention(
         key_valid=key_valid,
         scale=scale,
         rest=rest,
+        **known,
     )
 
 

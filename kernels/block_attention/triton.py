@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.gather import gather_rows
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
     BLOCK_BIT,
@@ -25,6 +26,7 @@ from dit_accel.kernels.packed import (
     Compact,
     Tiles,
     compact,
+    remembered,
     tiles,
 )
 from dit_accel.kernels.specimen import Specimen
@@ -39,34 +41,6 @@ _BLOCK = tl.constexpr(BLOCK_BIT)
 _LEVEL = tl.constexpr((1 << BLOCK_BIT) - 1)
 _MASK = tl.constexpr((1 << LENGTH_BITS) - 1)
 _SHAPE = tl.constexpr((1 << START_BIT) - 1)
-
-
-@triton.jit(do_not_specialize=["heads", "length", "perm_b", "perm_h"])
-def gather_kernel(
-    x,
-    perm,
-    out,
-    heads,
-    length,
-    x_b,
-    x_h,
-    x_l,
-    perm_b,
-    perm_h,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Rows of every head in an order; zero where the order has -1."""
-    head = tl.program_id(1)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < length
-    token = tl.load(perm + b * perm_b + h * perm_h + place, mask=inside, other=-1)
-    depth = tl.arange(0, D)
-    where = x + b * x_b + h * x_h + token.to(tl.int64)[:, None] * x_l + depth[None, :]
-    rows = tl.load(where, mask=(token >= 0)[:, None], other=0.0)
-    target = out + (head.to(tl.int64) * length + place)[:, None] * D + depth[None, :]
-    tl.store(target, rows, mask=inside[:, None])
 
 
 @triton.jit(
@@ -283,23 +257,20 @@ def attend_kernel(
 
 
 def gathered(x: Tensor, order: Compact) -> Tensor:
-    """``[B, H, L, D]``, contiguous, rows in the order; zero where it has -1."""
-    batch, heads, length, depth = x.shape
+    """``[B, H, L, D]``, contiguous, in the order; zero where it has -1."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    out = torch.empty(batch, heads, length, depth, dtype=x.dtype, device=x.device)
-    block = 64
-    gather_kernel[(triton.cdiv(length, block), batch * heads)](
-        x,
-        order.perm,
-        out,
-        heads,
-        length,
-        *x.stride()[:3],
-        *lead_strides(order.perm),
-        D=depth,
-        BLOCK=block,
-    )
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gather_rows(x, order.perm, out, 0, x.shape[0] * x.shape[1])
     return out
+
+
+def _tiles(order: Compact, length: int, size: int, longest: int | None) -> Tiles:
+    return remembered(
+        order.perm,
+        order.offsets,
+        (size, longest),
+        lambda: tiles(order.offsets, length, size, longest),
+    )
 
 
 class Problem(NamedTuple):
@@ -336,13 +307,15 @@ def block_attention(
     key_valid: Tensor | None,
     scale: float,
     rest: RestTerms | None,
+    q_longest: int | None = None,
+    k_longest: int | None = None,
     setting: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    chosen = {**_setting(q), **(setting or {})}
+    chosen = {**_setting(q, k_longest), **(setting or {})}
     bm, bn, on_hopper = chosen.pop("BM"), chosen.pop("BN"), chosen.pop("hopper")
     queries, keys = compact(q_perm, q_offsets, None), compact(k_perm, k_offsets, key_valid)
-    length = q.shape[2]
-    q_tiles, k_tiles = tiles(queries.offsets, length, bm), tiles(keys.offsets, length, bn)
+    q_tiles = _tiles(queries, q.shape[2], bm, q_longest)
+    k_tiles = _tiles(keys, k.shape[2], bn, k_longest)
     code = code.contiguous()
     listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
@@ -442,15 +415,20 @@ def _attend(
     )
 
 
-def _setting(q: Tensor) -> dict[str, Any]:
-    """How the kernels are launched: tiles, warps, stages; whether Hopper's own takes the tiles."""
+def _setting(q: Tensor, k_longest: int | None) -> dict[str, Any]:
+    """How the kernels are launched: tiles, warps, stages; whether Hopper's own takes the tiles.
+
+    Keys are cut into tiles of 64 where blocks are as long, and into tiles of 16, of which Hopper's
+    kernel puts several together, where blocks may have any length.
+    """
     wide = q.dtype.itemsize > 2
+    hopper = not wide and q.shape[-1] in HEAD_SIZES and is_hopper(q.device)
     return {
         "BM": 64 if wide else 128,
-        "BN": 32 if wide else 64,
+        "BN": 32 if wide else 16 if hopper and k_longest is None else 64,
         "STAGES": 2,
         "num_warps": 4 if wide else 8,
-        "hopper": not wide and q.shape[-1] in HEAD_SIZES and is_hopper(q.device),
+        "hopper": hopper,
     }
 
 

@@ -1,5 +1,7 @@
 """Methods and `attention` as a whole."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,8 +72,11 @@ def test_a_partial_merges_with_attention_to_yet_other_keys():
     sparse = presets.pisa(density=0.2, block_size=8)
     assert torch.equal(sparse.partial(q, k, v, ctx)[0].out, sparse(q, k, v, ctx)[0])
     dense = presets.pisa(density=0.2, dense_steps=1)
-    with pytest.raises(InputError, match="pisa: expected a step and layer that are not dense"):
-        dense.partial(q, k, v, ctx)
+    partial, report = dense.partial(q, k, v, ctx)
+    torch.testing.assert_close(partial.out, dense64(q, k, v), rtol=0, atol=1e-13)
+    assert report.density == 1.0
+    with pytest.raises(InputError, match="got 'sdpa', which gives no normaliser"):
+        replace(dense, backend="sdpa").partial(q, k, v, ctx)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

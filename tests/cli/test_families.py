@@ -53,7 +53,8 @@ def test_generate(cli, saved_family, tmp_path, name):
     suffix = "mp4" if specimen.video else "png"
     record = json.loads((tmp_path / f"{stem}.json").read_text())
     assert record["out"] == f"{stem}.{suffix}"
-    assert (record["height"], record["width"]) == (64, 64)
+    size = (None, None) if name == "hunyuan15_i2v" else (64, 64)
+    assert (record["height"], record["width"]) == size
     assert 0 < record["density"] < 1
     assert not compare or 5 < record["compared"]["psnr"] < 100
     assert len(record["seconds"]["steps"]) == 2
@@ -66,6 +67,23 @@ def test_generate(cli, saved_family, tmp_path, name):
         assert record["frames"] is record["fps"] is None
         assert imageio.imread("image.png").shape == (64, 64, 3)
         assert "image" in out
+
+
+@pytest.mark.parametrize("name", ["hunyuan15_i2v", "klein_image"])
+def test_a_record_is_enough_to_repeat_a_run(cli, saved_family, tmp_path, name):
+    specimen = EVERY[name]
+    picture(80, 64).save("from.png")
+    words = ["--model", str(saved_family(specimen)), "--steps", "1", "--image", "from.png"]
+    words += ["--out", "a" if specimen.video else "a.png", "--guidance", "2"]
+    words += ["--frames", "5"] if specimen.video else ["--height", "96"]
+    assert cli("generate", PROMPT, *words)[0] == 0
+    again = "b" if specimen.video else "b.png"
+    code, _, err = cli("generate", "--config", "a.json", "--out", again)
+    assert code == 0, err
+    names = [path.name for path in (tmp_path / "a").iterdir()] if specimen.video else [""]
+    for path in names:
+        one, two = (tmp_path / stem for stem in (("a", "b") if path else ("a.png", "b.png")))
+        assert (one / path).read_bytes() == (two / path).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from spy import spying
 
 import dit_accel
-from dit_accel.pipelines import hunyuan_video15, session_of
+from dit_accel.pipelines import session, session_of
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,13 @@ def test_the_geometry_counts_what_is_valid_of_all_three(model, image):
 def test_dense_is_stock_to_the_bit_with_a_mask_of_the_keys_alone(model, image, monkeypatch):
     call = given(image)
     wanted = run(model, call)
-    inner, masks = hunyuan_video15.dispatch_attention_fn, []
+    inner, masks = session.dispatch_attention_fn, []
 
     def dispatch(*args, attn_mask=None, **kwargs):
         masks.append(list(attn_mask.shape))
         return inner(*args, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(hunyuan_video15, "dispatch_attention_fn", dispatch)
+    monkeypatch.setattr(session, "dispatch_attention_fn", dispatch)
     dit_accel.accelerate(model, "dense")
     assert torch.equal(run(model, call), wanted)
     assert masks == [[2, 1, 1, 81]] * 2
@@ -96,9 +96,9 @@ def test_the_backend_that_diffusers_was_told_runs_dense_steps(model, monkeypatch
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
     told = []
-    inner = hunyuan_video15.dispatch_attention_fn
+    inner = session.dispatch_attention_fn
     monkeypatch.setattr(
-        hunyuan_video15,
+        session,
         "dispatch_attention_fn",
         lambda *args, backend, **kw: told.append(backend) or inner(*args, backend=backend, **kw),
     )

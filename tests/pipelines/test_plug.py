@@ -374,7 +374,7 @@ def test_unsupported_targets_are_named(pipe):
 def test_bad_methods_change_nothing(pipe):
     before = dict(pipe.transformer.attn_processors)
     for given, options, message in (
-        ("pizza", {}, r"expected one of dense, .*, got 'pizza' \(did you mean 'pisa'\?\)"),
+        ("pizza", {}, r"expected one of custom, dense, .*, got 'pizza' \(did you mean 'pisa'\?\)"),
         ("pisa", {"density": 1.5}, "density: expected float > 0, <= 1, got 1.5"),
         ("pisa", {"densty": 0.1}, "did you mean 'density'"),
         (3, {}, "expected a preset's name or a Method, got int"),
