@@ -39,7 +39,7 @@ def _families():
 
 
 @pytest.fixture
-def family(saved_family, _families):
+def loaded_family(saved_family, _families):
     """A specimen's pipeline, loaded by `load` once, and stock again after every test."""
     import dit_accel
 

@@ -35,9 +35,9 @@ def test_measures_what_it_generates(pipe):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_family(family, name):
+def test_every_family(loaded_family, name):
     specimen = EVERY[name]
-    pipe = family(specimen)
+    pipe = loaded_family(specimen)
     kind = kind_of(pipe)
     dit_accel.accelerate(pipe, "pisa", density=0.25, block_size=4, dense_steps=1)
     fields = {mine: specimen.call.get(theirs) for mine, theirs in kind.arguments.items()}
@@ -61,11 +61,11 @@ def test_every_family(family, name):
     assert pipe.components.get("guider") is guider
 
 
-def test_an_image_reaches_the_model(family, monkeypatch):
+def test_an_image_reaches_the_model(loaded_family, monkeypatch):
     module = "diffusers.pipelines.flux.pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS"
     monkeypatch.setattr(module, [(80, 96), (48, 64)])
     for name in ("kontext", "klein_image", "flux2_image", "klein_kv_image", "wan_i2v"):
-        pipe = family(EVERY[name])
+        pipe = loaded_family(EVERY[name])
         prepare(pipe)
         ask = Request("a red circle", height=64, width=48, steps=1)
         if kind_of(pipe).video:
@@ -76,16 +76,16 @@ def test_an_image_reaches_the_model(family, monkeypatch):
         assert not torch.equal(one, two)
 
 
-def test_one_side_of_kontext_leaves_the_other_to_the_model(family, monkeypatch):
-    pipe = family(EVERY["kontext"])
+def test_one_side_of_kontext_leaves_the_other_to_the_model(loaded_family, monkeypatch):
+    pipe = loaded_family(EVERY["kontext"])
     prepare(pipe)
     monkeypatch.setattr(pipe, "default_sample_size", 10)  # of eight pixels
     ask = Request("a red circle", height=48, steps=1)
     assert generate(pipe, ask).frames.shape == (1, 3, 48, 80)
 
 
-def test_guidance_of_a_component(family):
-    pipe = family(EVERY["hunyuan15"])
+def test_guidance_of_a_component(loaded_family):
+    pipe = loaded_family(EVERY["hunyuan15"])
     prepare(pipe)
     fields = {"height": 64, "width": 64, "frames": 5, "steps": 1}
     assert effective(pipe, Request("a red circle", **fields)).guidance == 3.0
@@ -115,8 +115,8 @@ def test_guidance_of_a_component(family):
         ("hunyuan15", {"frames": 6}, "frames: expected one more than a multiple of 4, got 6"),
     ],
 )
-def test_what_a_pipeline_has_no_use_for(family, name, change, message):
-    pipe = family(EVERY[name])
+def test_what_a_pipeline_has_no_use_for(loaded_family, name, change, message):
+    pipe = loaded_family(EVERY[name])
     with pytest.raises(InputError, match=message):
         effective(pipe, Request("a red circle", **change))
 
@@ -126,8 +126,8 @@ def test_a_pipeline_that_is_not_known():
         kind_named("FluxFillPipeline")
 
 
-def test_a_broken_call_gives_everything_back(family, monkeypatch):
-    pipe = family(EVERY["hunyuan15"])
+def test_a_broken_call_gives_everything_back(loaded_family, monkeypatch):
+    pipe = loaded_family(EVERY["hunyuan15"])
     prepare(pipe)
     guider = pipe.guider
 
