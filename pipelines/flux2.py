@@ -133,12 +133,16 @@ class Flux2Processor(MethodProcessor, _Base):
         beside: int,
     ) -> Tensor:
         """``[B, L, H * D]``: the method over text and result, merged with exact references."""
+        compiled = InputError(
+            f"{self.method.name}: expected klein KV's references outside of a compiled model, got "
+            "them inside of one, whose graphs tell nothing of the references"
+        )
         if torch.compiler.is_compiling():
-            raise InputError(
-                f"{self.method.name}: expected klein KV's references outside of a compiled graph, "
-                "got them inside of one, where only whole sequences are supported"
-            )
+            raise compiled
         binding, ctx = self.begin(attn)
+        if ctx.geometry.more:
+            # the graph broke before it came here, and its beginning knew no better
+            raise compiled
         kept = None
         if extract:
             # [text, references, result]

@@ -152,6 +152,14 @@ def test_references_never_see_the_rest(kv):
         torch.testing.assert_close(one.k_ref, two.k_ref, rtol=1e-9, atol=1e-9)
 
 
+def test_klein_kv_is_not_compiled(kv):
+    dit_accel.accelerate(kv, "pisa", **SPARSE)
+    kv.compile(backend="eager")
+    with pytest.raises(InputError, match="references outside of a compiled model"):
+        run_kv(kv, kv_calls())
+    torch._dynamo.reset()
+
+
 def test_what_is_not_supported_is_refused(model):
     call = given((6, 5))
     dit_accel.accelerate(model, "pisa", **SPARSE)
