@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_attention import block_attention
+from dit_accel.kernels.dense_attention import partial_attention
 from dit_accel.kernels.token_attention import token_attention
 from dit_accel.layout import Blocked
 from dit_accel.partial import Partial, merge
@@ -69,6 +70,28 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
 def direct(blocked: Blocked, plan: Plan | TokenPlan, ctx: Context) -> Partial:
     """The plan's exact pairs alone."""
     return attend(blocked, plan, Drop(), ctx)
+
+
+def attend_all(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+) -> Partial:
+    """Every query with every one of some keys, to be merged with attention to others.
+
+    Args:
+        q: ``[B, H, L, D]``.
+        k, v: ``[B, H, M, D]``, such as references that stand beside the sequence.
+        key_valid: bool ``[B, M]``; ``False`` keys contribute nothing.
+        scale: of the logits; ``D ** -0.5`` by default.
+
+    Returns:
+        The partial; ``out`` in ``q``'s dtype.
+    """
+    return Partial(*partial_attention(q, k, v, key_valid=key_valid, scale=scale))
 
 
 def dense_pairs(q: Tensor, key_valid: Tensor | None) -> Tensor:

@@ -36,6 +36,8 @@ class Family:
 # class name of the transformer -> module that holds its family; imported on first use
 _TABLE: Final = {
     "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
