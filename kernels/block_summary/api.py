@@ -7,21 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "batched")
-"""``reference`` goes head by head, for a CPU; ``batched`` takes many heads at once, for a GPU."""
-
-
-def resolve(backend: str, like: Tensor) -> str:
-    """The backend that ``auto`` means for a tensor; any other name means itself.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend != "auto":
-        return backend
-    return "reference" if like.device.type == "cpu" else "batched"
+from dit_accel.kernels.backends import BACKENDS, implementation, resolve, triton_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +70,15 @@ def block_mean(
         perm: int64 ``[B|1, H|1, L]``.
         offsets: int32 ``[B|1, H|1, N + 1]``.
         valid: bool ``[B, L]``; tokens to count, all by default.
-        backend: ``"auto"``, or a name from `BACKENDS`; a named one never falls back.
+        backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
         ``[B, H, N, D]``, fp32 (fp64 for fp64 inputs); zero where a block is empty.
     """
-    from dit_accel.kernels.block_summary import batched, reference
-
     check_blocks("x", perm, offsets, x)
     check_valid(valid, x)
-    batch_them = resolve(backend, x) == "batched"
-    run = batched.block_mean if batch_them else reference.block_mean
-    return run(x, perm, offsets, valid)
+    chosen = resolve(backend, x, BACKENDS, triton_refusal(x))
+    return implementation("block_summary", chosen).block_mean(x, perm, offsets, valid)
 
 
 def block_summary(
@@ -122,19 +105,18 @@ def block_summary(
         key_valid: bool ``[B, L]``; keys that count, all by default.
         k_var: compute ``k_var``.
         cov: compute ``cov_sum`` and ``cov_norm``.
-        backend: ``"auto"``, or a name from `BACKENDS`; a named one never falls back.
+        backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
         ``count`` int64 ``[B|1, H|1, N]``; ``k_mean``, ``v_mean``, ``k_var`` ``[B, H, N, D]``;
         ``cov_sum`` ``[B, H, D, D]`` (keys by values); ``cov_norm`` ``[B, H, N]``. Floats are fp32
         (fp64 for fp64 inputs). Everything is zero where a block has no valid key.
     """
-    from dit_accel.kernels.block_summary import batched, reference
-
     if k.shape != v.shape:
         raise ValueError(f"k, v: expected one shape, got {list(k.shape)} and {list(v.shape)}")
     check_blocks("k", perm, offsets, k)
     check_valid(key_valid, k)
-    batch_them = resolve(backend, k) == "batched"
-    run = batched.block_summary if batch_them else reference.block_summary
+    run = implementation(
+        "block_summary", resolve(backend, k, BACKENDS, triton_refusal(k))
+    ).block_summary
     return run(k, v, perm, offsets, num_video, key_valid, k_var, cov)
