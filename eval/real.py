@@ -70,7 +70,8 @@ def _frames(path: Path, most: int) -> Iterator[Any]:
     if path.suffix.lower() in _IMAGES:
         yield np.asarray(imageio.imread(path, pilmode="RGB"))
         return
-    with imageio.get_reader(path) as reader:
+    reader: Any = imageio.get_reader(path)
+    with reader:
         for i, frame in enumerate(reader):
             if i == most:
                 return
