@@ -149,6 +149,9 @@ def test_the_figures_of_a_run(store):
     assert floor.figures["latent_error"].value < pisa.figures["latent_error"].value
     assert pisa.figures["psnr"].low is None, "of two prompts no interval is given"
     assert pisa.figures["psnr"].count == 2
+    assert len(pisa.by_frame["psnr"]) == len(pisa.by_frame["ssim"]) == 5
+    worst = pisa.figures["psnr_worst_frame"].value
+    assert worst <= min(pisa.by_frame["psnr"])
     assert dense.absent["psnr"] == "it is the reference itself"
     assert dense.figures["speedup"].value == 1
     for name in ("lpips", "fid", "subject_consistency", "spatial_relation"):
