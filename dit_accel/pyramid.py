@@ -49,6 +49,8 @@ class Pyramid:
         similarity_cap: pool a block to a level only if the mean cosine of the neighbours that would
             be pooled is at least `CAPS`, otherwise to the next finer one.
         seed: of ``sample="random"``.
+        min_exact: least share of a row's blocks that is exact, the best ones, whatever the bounds
+            say; 0.08 in the public code, with ``mode="threshold"``.
     """
 
     ratios: tuple[float, float, float, float] = RATIOS["wan-14b"]
@@ -56,6 +58,7 @@ class Pyramid:
     sample: Literal["stride", "random"] = "stride"
     similarity_cap: bool = False
     seed: int = 0
+    min_exact: float = 0.0
 
     def __post_init__(self) -> None:
         ratios = self.ratios
@@ -69,6 +72,8 @@ class Pyramid:
                 "Pyramid: ratios: expected four rising bounds in [0, 1], of levels 1, 2, 4 and 8, "
                 f"got {ratios!r}"
             )
+        if not 0 <= self.min_exact <= 1:
+            raise InputError(f"Pyramid: min_exact: expected 0 to 1, got {self.min_exact!r}")
         for name, known in (("mode", ("threshold", "topk")), ("sample", ("stride", "random"))):
             if getattr(self, name) not in known:
                 raise InputError(
@@ -158,15 +163,17 @@ class Pyramid:
             dim=-1, descending=True, stable=True
         )
         ranked = ranked.clamp(min=0).double()
+        place = torch.arange(ranked.shape[-1], device=ranked.device, dtype=torch.float64)
+        place = place / full.sum(-1, keepdim=True).clamp(min=1)
         if self.mode == "threshold":
             total = ranked.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
             before = (ranked.cumsum(-1) - ranked) / total
         else:
-            place = torch.arange(ranked.shape[-1], device=ranked.device, dtype=torch.float64)
-            before = (place / full.sum(-1, keepdim=True).clamp(min=1)).expand_as(ranked)
+            before = place.expand_as(ranked)
         level = torch.full_like(order, DROP, dtype=torch.int8)
         for bound, number in zip(reversed(self.ratios), reversed(LEVELS), strict=True):
             level.masked_fill_(before < bound, number)
+        level.masked_fill_(place < self.min_exact, EXACT)
         return torch.zeros_like(level).scatter_(-1, order, level)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def remembered(perm: Tensor, offsets: Tensor, what: Hashable, make: Callable[[],
     A layout that depends on the grid alone gives the same tensors at every step, and launching a
     dozen small operations anew takes longer than a short sequence's attention.
     """
-    known = _known.setdefault(offsets, {})
+    known: dict[Hashable, Any] = _known.setdefault(offsets, {})  # type: ignore[no-untyped-call]
     found = known.get(what)
     if found is not None and found[0]() is perm:
         return found[1]  # type: ignore[no-any-return]

@@ -122,7 +122,7 @@ def block_attention(
     chosen = resolve(backend, q, BACKENDS, _refusal(q, scale, rest, levels))
     run = implementation("block_attention", chosen).block_attention
     known = {"q_longest": q_longest, "k_longest": k_longest} if chosen == "triton" else {}
-    return run(
+    result: tuple[Tensor, Tensor] = run(
         q,
         k,
         v,
@@ -136,6 +136,7 @@ def block_attention(
         rest=rest,
         **known,
     )
+    return result
 
 
 def _refusal(

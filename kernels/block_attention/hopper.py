@@ -42,7 +42,7 @@ def _rows_of(entries, turn, row, boxes: gl.constexpr):
     """Where the boxes of one turn of a list begin: all read at once, for keys and values."""
     found = (row + (gl.load(entries + turn * boxes) >> _BITS),)
     for i in gl.static_range(1, boxes):
-        found = found + (row + (gl.load(entries + turn * boxes + i) >> _BITS),)
+        found = found + (row + (gl.load(entries + turn * boxes + i) >> _BITS),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
@@ -341,7 +341,7 @@ class _Parts:
 
 
 _FIELDS = tuple(_Parts.__annotations__)
-_Parts = aggregate(_Parts)
+_Parts = aggregate(_Parts)  # type: ignore[misc]
 _SIZES = ["heads", "length", "table", "rows", "columns", "num_tiles", "num_rows", "rest_turns"]
 _SIZES += [f"{name}_{axis}" for name in ("perm", "tile", "code", "bias") for axis in "bh"]
 
