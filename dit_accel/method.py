@@ -16,6 +16,7 @@ from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
 from dit_accel.layout import Layout, default_scale
 from dit_accel.partial import Partial
+from dit_accel.recorder import span
 from dit_accel.rest import Rest
 from dit_accel.route import Route
 from dit_accel.types import Context, Report
@@ -213,7 +214,9 @@ class Method:
             check_tensors(q, k, v, ctx)
             key_valid = ctx.geometry.key_valid
             every = dense_pairs(q, key_valid)
-            return self._dense(q, k, v, key_valid, scale), Report(every, every)
+            with span("attend"):
+                out = self._dense(q, k, v, key_valid, scale)
+            return out, Report(every, every)
         partial, told = self.partial(q, k, v, ctx, scale=scale)
         return partial.out, told
 
@@ -238,18 +241,23 @@ class Method:
                 )
             key_valid = ctx.geometry.key_valid
             every = dense_pairs(q, key_valid)
-            return attend_all(q, k, v, key_valid=key_valid, scale=scale), Report(every, every)
+            with span("attend"):
+                whole_partial = attend_all(q, k, v, key_valid=key_valid, scale=scale)
+            return whole_partial, Report(every, every)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise InputError(
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "
                 "it under torch.no_grad()"
             )
-        blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
-        if not self._ask("settled", q, ctx):
-            blocked.summary(*self.route.needs, *self.rest.needs)
+        with span("layout"):
+            blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
+            if not self._ask("settled", q, ctx):
+                blocked.summary(*self.route.needs, *self.rest.needs)
         whole = self._ask("computes_all", q, ctx)
-        plan = self.route(blocked, self.rest, ctx)
-        partial = attend(blocked, plan, self.rest, ctx)
+        with span("route"):
+            plan = self.route(blocked, self.rest, ctx)
+        with span("attend"):
+            partial = attend(blocked, plan, self.rest, ctx)
         if whole:
             every = dense_pairs(q, ctx.geometry.key_valid)
             return partial, Report(every, every)

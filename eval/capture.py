@@ -14,7 +14,8 @@ from dit_accel.layout import Blocked, Raster
 from dit_accel.method import Method, Schedule
 from dit_accel.pipelines import plug
 from dit_accel.pipelines.families import family_of, models_of
-from dit_accel.pipelines.generate import Request, effective, generate
+from dit_accel.pipelines.generate import generate
+from dit_accel.pipelines.request import Request, effective
 from dit_accel.rest import Drop
 from dit_accel.route import Everything
 from dit_accel.types import Context

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_accel.pipelines.families import models_of
 from dit_accel.pipelines.plug import session_of
 from dit_accel.pipelines.request import Request, call_of, effective, guider_of, kind_of
+from dit_accel.recorder import Stamp, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Generation:
         density: exact pairs over all pairs of self-attention, measured; ``None`` where no processor
             of ours ran.
         by_step, by_layer: the same in parts.
+        latents: the final ones, fp32 on the CPU, without the batch's dimension.
+        step_latents: those after every step, if they were asked for.
     """
 
     frames: Tensor
@@ -39,11 +42,17 @@ class Generation:
     density: float | None
     by_step: dict[int, float]
     by_layer: dict[int, float]
+    latents: Tensor
+    step_latents: tuple[Tensor, ...] = ()
 
 
 @torch.inference_mode()
 def generate(
-    pipe: Any, request: Request, on_step: Callable[[int, int], None] | None = None
+    pipe: Any,
+    request: Request,
+    on_step: Callable[[int, int], None] | None = None,
+    *,
+    keep_latents: bool = False,
 ) -> Generation:
     """Run a pipeline once.
 
@@ -51,24 +60,27 @@ def generate(
         pipe: from `load`, with whatever processors it has.
         request: what to generate.
         on_step: called after every step with how many are done, and of how many.
+        keep_latents: also keep the latents after every step.
 
     Raises:
         InputError: the request does not fit the model.
     """
     request = effective(pipe, request)
-    marks: list[float] = []
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    # where it computes, which offloading keeps apart from where it lies
+    watch = Watch(pipe._execution_device)
+    marks: list[Stamp] = []
+    latents: list[Tensor] = []
 
     def begin(*_: Any) -> None:
         if not marks:
-            marks.append(now())
+            marks.append(watch.now())
 
-    def end() -> None:
-        marks.append(now())
+    def end(latent: Tensor) -> None:
+        marks.append(watch.now())
+        if not keep_latents:
+            latents.clear()
+        # solvers may write into what they returned
+        latents.append(latent[0].float().clone())
         if on_step is not None:
             on_step(len(marks) - 1, request.steps or 0)
 
@@ -78,11 +90,14 @@ def generate(
         "generator": torch.Generator().manual_seed(request.seed),
         "output_type": "pt",
     }
-    start = now()
+    watch.wait()
+    start = time.perf_counter()
     try:
         with _after_steps(pipe.scheduler, end), _guided(pipe, request.guidance):
             made = pipe(**call)
-        stop = now()
+        finished = watch.now()
+        watch.wait()
+        stop = time.perf_counter()
     finally:
         for handle in handles:
             handle.remove()
@@ -91,24 +106,27 @@ def generate(
     return Generation(
         frames.float().cpu(),
         stop - start,
-        tuple(after - before for before, after in itertools.pairwise(marks)),
-        stop - marks[-1],
+        tuple(itertools.starmap(watch.seconds, itertools.pairwise(marks))),
+        watch.seconds(marks[-1], finished),
         log.density,
         log.by_step,
         log.by_layer,
+        latents[-1].cpu(),
+        tuple(one.cpu() for one in latents) if keep_latents else (),
     )
 
 
 @contextmanager
-def _after_steps(scheduler: Any, done: Callable[[], None]) -> Iterator[None]:
-    """Call ``done`` after every step; not all pipelines call back, but all step their scheduler."""
+def _after_steps(scheduler: Any, done: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call ``done`` with the latents of every step; all pipelines step their scheduler, but not
+    all of them call back."""
     inner = scheduler.step
     own = "step" in vars(scheduler)
 
     @functools.wraps(inner)
     def step(*args: Any, **kwargs: Any) -> Any:
         made = inner(*args, **kwargs)
-        done()
+        done(made[0] if isinstance(made, tuple) else made.prev_sample)
         return made
 
     scheduler.step = step

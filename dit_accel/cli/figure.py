@@ -63,7 +63,7 @@ def plans(
     from dit_accel.eval import plan_figure
     from dit_accel.eval.capture import capture, check
     from dit_accel.pipelines import load
-    from dit_accel.pipelines.generate import Request
+    from dit_accel.pipelines.request import Request
 
     pipe = load(model, device=device_of(device))
     pipe.set_progress_bar_config(disable=True)

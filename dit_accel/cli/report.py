@@ -25,7 +25,7 @@ def measured(result: Generation, dense: Generation | None) -> dict[str, float] |
     """How near a method came to dense attention, and in what share of the time."""
     if dense is None:
         return None
-    from dit_accel.eval.fidelity import psnr, ssim
+    from dit_accel.eval.metrics.fidelity import psnr, ssim
 
     return {
         "psnr": psnr(result.frames, dense.frames),
