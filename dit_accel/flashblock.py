@@ -1,9 +1,16 @@
-"""FlashBlock on a bidirectional model: what a plan leaves out, kept between denoising steps.
+"""FlashBlock: attention to what lies outside, kept from one denoising step to the next.
 
-Attention to what lies outside a plan changes little from one step to the next (arXiv 2602.05305).
-At a refresh the exact complement of the plan is computed as a partial, and kept with the layout and
-the plan that made it; until the next refresh these are frozen, only the plan's own pairs are
-computed, and the kept partial is merged.
+It changes little between steps, while attention to what lies inside changes much (arXiv
+2602.05305). A *refresh* computes the outside exactly, as a partial, and keeps it; the steps after
+it compute the inside alone, and merge. What is outside depends on the model:
+
+- In block diffusion it is the prefix, the cached context of the chunk being denoised. The inner
+  method acts inside the chunk, afresh in every step, and may be dense.
+- In a bidirectional model it is what the inner method's plan leaves out, its exact complement. It
+  belongs to the layout and the plan that made it, so both are frozen between refreshes.
+
+One kept partial is ``L · H · (D + 2)`` halves, for each layer and each element of the batch, and
+for each guidance branch that is a forward of its own.
 """
 
 from __future__ import annotations
@@ -13,13 +20,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dit_accel.attend import direct
+from dit_accel.attend import direct, of_prefix
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_attention import RestTerms
-from dit_accel.layout import Blocked, Layout, Statistic, default_scale
+from dit_accel.layout import Blocked, Layout, Raster, Statistic, default_scale
 from dit_accel.method import Method, is_among
 from dit_accel.partial import Partial
-from dit_accel.rest import Rest
+from dit_accel.rest import Drop, Rest
 from dit_accel.route import Route
 from dit_accel.types import DROP, EXACT, Blocks, Context, Plan, TokenPlan
 
@@ -28,14 +35,30 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What a refresh leaves for the steps after it."""
+class Frozen:
+    """The layout and the plan whose complement was kept."""
 
-    step: int
     queries: Blocks
     keys: Blocks
     plan: Plan | TokenPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a refresh leaves for the steps after it.
+
+    Attributes:
+        step: of the refresh.
+        source: chunk and length of the prefix that ``partial`` is over; ``None`` where it is over
+            the complement of a plan.
+        partial: the outside.
+        frozen: what the complement belongs to; ``None`` for a prefix.
+    """
+
+    step: int
+    source: tuple[int, int] | None
     partial: Partial
+    frozen: Frozen | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +93,14 @@ class Cycle:
                 "got none"
             )
         known: Kept | None = ctx.memory.get(_SLOT)
-        if known is None or known.partial.out.shape != q.shape:
+        if known is None or known.partial.out.shape != q.shape or known.source != _source(ctx):
             return None
         return known if 0 <= ctx.step - known.step < self.refresh else None
+
+    def frozen(self, ctx: Context, q: Tensor) -> Frozen | None:
+        """The layout and plan to use in this step; ``None`` where it makes its own."""
+        known = self.kept(ctx, q)
+        return None if known is None else known.frozen
 
     def check_budget(self, ctx: Context, q: Tensor) -> None:
         """Raise an InputError if the partials would take more than the budget, before one is made.
@@ -81,8 +109,7 @@ class Cycle:
         """
         if self.budget is None or ctx.state is None:
             return
-        one = partial_bytes(q)
-        layers = len(self.layers) if self.layers is not None else ctx.num_layers or ctx.layer + 1
+        one, layers = partial_bytes(q), self._count(ctx)
         others = ctx.state.branches(_SLOT) - {ctx.branch}
         needed = one * layers * (len(others) + 1)
         if needed > self.budget:
@@ -91,6 +118,17 @@ class Cycle:
                 f"GiB, got {needed / _GIB:.3f} GiB: {layers} layers x {len(others) + 1} guidance "
                 f"branches x {one / _GIB:.4f} GiB"
             )
+
+    def _count(self, ctx: Context) -> int:
+        """How many layers keep something, as far as the context knows."""
+        if ctx.num_layers is None:
+            return ctx.layer + 1 if self.layers is None else len(set(self.layers))
+        every = (replace(ctx, layer=layer) for layer in range(ctx.num_layers))
+        return sum(self.applies(one) for one in every)
+
+
+def _source(ctx: Context) -> tuple[int, int] | None:
+    return None if ctx.prefix is None else (ctx.prefix.chunk, ctx.prefix.length)
 
 
 def partial_bytes(q: Tensor) -> int:
@@ -109,7 +147,7 @@ class FrozenLayout:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None
     ) -> Blocked:
-        known = self.cycle.kept(ctx, q)
+        known = self.cycle.frozen(ctx, q)
         if known is None:
             return self.inner(q, k, v, ctx, scale)
         return Blocked(q, k, v, known.queries, known.keys, ctx.geometry, default_scale(q, scale))
@@ -127,15 +165,38 @@ class FrozenRoute:
         return self.inner.needs
 
     def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan | TokenPlan:
-        known = self.cycle.kept(ctx, blocked.q)
+        known = self.cycle.frozen(ctx, blocked.q)
         if known is not None:
             return known.plan
         return self.inner(blocked, rest.inner if isinstance(rest, KeptRest) else rest, ctx)
 
 
 @dataclass(frozen=True, slots=True)
+class Whole:
+    """The route of dense attention inside a chunk: every pair, without a choice."""
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        return ()
+
+    def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan:
+        """Every pair.
+
+        Raises:
+            InputError: there is no prefix, and so nothing outside that could be kept.
+        """
+        if ctx.prefix is None:
+            raise InputError(
+                "flashblock: inner: expected a sparse method, or a prefix (block diffusion), whose "
+                "partial can be kept, got dense attention without a prefix"
+            )
+        shape = (1, 1, blocked.queries.num_blocks, blocked.keys.num_blocks)
+        return Plan(torch.ones(shape, dtype=torch.int8, device=blocked.q.device), whole=True)
+
+
+@dataclass(frozen=True, slots=True)
 class KeptRest:
-    """The exact complement of a plan, computed at a refresh and kept; elsewhere the inner rest."""
+    """The outside, computed at a refresh and kept; elsewhere the inner rest."""
 
     inner: Rest
     cycle: Cycle
@@ -151,53 +212,96 @@ class KeptRest:
         return self.inner.log_weight(blocked, queries)
 
     def settled(self, ctx: Context, q: Tensor) -> bool:
-        """Whether this step needs no statistics: everything is kept."""
-        return self.cycle.kept(ctx, q) is not None
+        """Whether this step needs no statistics: layout, plan and outside are kept."""
+        return self.cycle.frozen(ctx, q) is not None
 
     def computes_all(self, ctx: Context, q: Tensor) -> bool:
-        """Whether this step is a refresh: the plan's pairs, and their complement."""
-        return self.cycle.applies(ctx) and self.cycle.kept(ctx, q) is None
+        """Whether this step computes the plan's pairs, and their complement."""
+        return ctx.prefix is None and self.cycle.applies(ctx) and self.cycle.kept(ctx, q) is None
+
+    def keeps_prefix(self, ctx: Context, q: Tensor) -> bool:
+        """Whether attention to the prefix is not computed in this step."""
+        return ctx.prefix is not None and self.cycle.kept(ctx, q) is not None
 
     def outside(self, blocked: Blocked, plan: Plan | TokenPlan, ctx: Context) -> Partial | None:
-        """The partial of everything that the plan leaves out; ``None`` in layers that keep nothing.
+        """The partial of everything that the plan leaves out.
+
+        ``None`` in layers that keep nothing, and where the outside is a prefix.
+
+        Raises:
+            InputError: the kept partials would take more than the budget.
+        """
+        if ctx.prefix is not None or not self.cycle.applies(ctx):
+            return None
+        known = self.cycle.kept(ctx, blocked.q)
+        if known is None:
+            self.cycle.check_budget(ctx, blocked.q)
+            frozen = Frozen(blocked.queries, blocked.keys, plan)
+            known = Kept(ctx.step, None, direct(blocked, complement(plan), ctx), frozen)
+            ctx.memory[_SLOT] = known
+        return known.partial
+
+    def of_prefix(self, q: Tensor, ctx: Context, scale: float | None = None) -> Partial:
+        """The partial of the prefix, kept or computed.
 
         Raises:
             InputError: the kept partials would take more than the budget.
         """
         if not self.cycle.applies(ctx):
-            return None
-        known = self.cycle.kept(ctx, blocked.q)
-        if known is not None:
-            return known.partial
-        self.cycle.check_budget(ctx, blocked.q)
-        partial = direct(blocked, complement(plan), ctx)
-        ctx.memory[_SLOT] = Kept(ctx.step, blocked.queries, blocked.keys, plan, partial)
-        return partial
+            return of_prefix(q, ctx, scale)
+        known = self.cycle.kept(ctx, q)
+        if known is None:
+            self.cycle.check_budget(ctx, q)
+            known = Kept(ctx.step, _source(ctx), of_prefix(q, ctx, scale))
+            ctx.memory[_SLOT] = known
+        return known.partial
 
 
 def complement(plan: Plan | TokenPlan) -> Plan | TokenPlan:
-    """The plan of exactly the pairs that another leaves out."""
+    """The plan of exactly the pairs that another leaves out.
+
+    Raises:
+        InputError: the plan has pooled levels.
+    """
     if isinstance(plan, TokenPlan):
         return TokenPlan(~plan.select)
     if bool((plan.code > EXACT).any()):
-        raise InputError(
-            "flashblock: expected an inner method whose pairs are exact or left out, got pooled "
-            "levels"
-        )
+        raise InputError(f"flashblock: inner: {_POOLS}")
     return Plan(torch.where(plan.code == EXACT, DROP, EXACT).to(torch.int8))
+
+
+_POOLS = (
+    "expected a method whose pairs are exact or left out, got one with pooled levels (psa), whose "
+    "pooled pairs are neither, so that what it leaves out has no exact complement"
+)
 
 
 def around(inner: Method, cycle: Cycle) -> Method:
     """A method with its outside kept.
 
     Raises:
-        InputError: the inner method is dense.
+        InputError: the inner method pools pairs, or keeps its outside already.
     """
+    if isinstance(inner.rest, KeptRest):
+        raise InputError(
+            "flashblock: inner: expected a method that keeps nothing, got one that is flashblock "
+            "already"
+        )
+    if getattr(inner.route, "pools", False):
+        raise InputError(f"flashblock: inner: {_POOLS}")
     if inner.layout is None or inner.route is None or inner.rest is None:
-        raise InputError("flashblock: inner: expected a sparse method, got dense attention")
+        # one block; no kernel looks at it
+        return replace(
+            inner, layout=Raster(2**62), route=Whole(), rest=KeptRest(Drop(), cycle)
+        )
     return replace(
         inner,
         layout=FrozenLayout(inner.layout, cycle),
         route=FrozenRoute(inner.route, cycle),
         rest=KeptRest(inner.rest, cycle),
     )
+
+
+def needs_prefix(method: Method) -> bool:
+    """Whether a method can run in block diffusion only: `flashblock` around dense attention."""
+    return isinstance(method.route, Whole)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.attend import attend, dense_pairs, report
+from dit_accel.attend import attend, dense, dense_pairs, report
 from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import dense_attention
 from dit_accel.layout import Layout, default_scale
@@ -132,7 +132,7 @@ class Method:
 
         Args:
             q, k, v: ``[B, H, L, D]``, one floating dtype, any strides; ``L`` as the geometry says.
-            ctx: geometry, step, layer, branch and state.
+            ctx: geometry, step, layer, branch and state; in block diffusion also the prefix.
             scale: of the logits; ``D ** -0.5`` by default.
 
         Returns:
@@ -149,7 +149,9 @@ class Method:
             or self.rest is None
             or self.schedule.is_dense(ctx)
         ):
-            every = dense_pairs(q, key_valid)
+            every = dense_pairs(q, key_valid, ctx.prefix)
+            if ctx.prefix is not None:
+                return dense(q, k, v, ctx, scale).out, Report(every, every)
             return dense_attention(q, k, v, key_valid=key_valid, scale=scale), Report(every, every)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise InputError(
@@ -160,12 +162,15 @@ class Method:
         if not self._ask("settled", q, ctx):
             blocked.summary(*self.route.needs, *self.rest.needs)
         whole = self._ask("computes_all", q, ctx)
+        computed = 0
+        if ctx.prefix is not None and not self._ask("keeps_prefix", q, ctx):
+            computed = ctx.prefix.length
         plan = self.route(blocked, self.rest, ctx)
         partial = attend(blocked, plan, self.rest, ctx)
         if whole:
             every = dense_pairs(q, key_valid)
             return partial.out, Report(every, every)
-        return partial.out, report(blocked, plan)
+        return partial.out, report(blocked, plan, ctx.prefix, computed)
 
     def _ask(self, question: str, q: Tensor, ctx: Context) -> bool:
         """What a rest with memory says of this step; any other rest says no."""

@@ -314,10 +314,11 @@ def psa(
         "FlashBlock: Attention Caching for Efficient Long-Context Block Diffusion", "2602.05305"
     ),
     deviations=(
+        "In block diffusion (AnyFlow FAR) inner='dense' is the paper's; a sparse inner method acts "
+        "inside the chunk.",
         "On a bidirectional model the outside is the exact complement of the inner method's plan; "
-        "layout and plan are frozen between refreshes.",
-        "A refresh computes every pair, so it costs as much as dense attention.",
-        "Block diffusion with a cached context is not there yet.",
+        "layout and plan are frozen between refreshes, and a refresh costs as much as dense "
+        "attention.",
     ),
     inherits="inner",
 )
@@ -325,7 +326,9 @@ def flashblock(
     inner: Annotated[
         str | Method,
         Opt(
-            "the sparse method; its options are taken as well", ("pisa", "svg_ear", "vmoba"), Method
+            "the method inside; its options are taken as well; dense in block diffusion only",
+            ("pisa", "svg_ear", "vmoba", "dense"),
+            Method,
         ),
     ] = "pisa",
     refresh: Annotated[
@@ -342,13 +345,16 @@ def flashblock(
     dense_layers: DenseLayers = (),
     **inner_options: Any,
 ) -> Method:
-    """FlashBlock (arXiv 2602.05305) around a sparse method, such as ``inner="pisa", density=0.15``.
+    """FlashBlock (arXiv 2602.05305) around a method, such as ``inner="pisa", density=0.15``.
 
-    The inner method's rest serves its route alone, and the layers that keep nothing.
+    In block diffusion the cached context is kept, and the inner method acts inside the chunk.
+    Elsewhere what the inner method leaves out is kept, and its rest serves its route alone, and
+    the layers that keep nothing. ``dense_steps`` and ``dense_layers``, if given, take the place of
+    those of an inner `Method`. ``psa`` is refused: its pooled pairs have no exact complement.
     """
     method = build(inner, **inner_options) if isinstance(inner, str) else inner
     budget = None if budget_gib is None else int(budget_gib * 2**30)
-    return replace(
-        around(method, Cycle(refresh, layers, budget)),
-        schedule=Schedule(dense_steps, dense_layers),
-    )
+    kept = around(method, Cycle(refresh, layers, budget))
+    if isinstance(inner, Method) and not dense_steps and not dense_layers:
+        return kept
+    return replace(kept, schedule=Schedule(dense_steps, dense_layers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,10 @@ class Pyramid:
         similarity_cap: pool a block to a level only if the mean cosine of the neighbours that would
             be pooled is at least `CAPS`, otherwise to the next finer one.
         seed: of ``sample="random"``.
+        pools: its plans have pooled levels.
     """
+
+    pools: ClassVar[bool] = True
 
     ratios: tuple[float, float, float, float] = RATIOS["wan-14b"]
     mode: Literal["threshold", "topk"] = "threshold"

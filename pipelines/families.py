@@ -7,9 +7,26 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
+from torch import Tensor
+
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.types import Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What a forward of block diffusion is about.
+
+    Attributes:
+        cache: a tensor of the KV cache, which lives as long as the call of the pipeline.
+        index: how many chunks are in the cache.
+        filling: whether this forward fills the cache, and denoises nothing.
+    """
+
+    cache: Tensor
+    index: int
+    filling: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +40,7 @@ class Family:
         self_attention: the modules whose attention a method may replace, by layer.
         geometry: what the tokens are, from the model and the named arguments of its forward.
         refuses: the reason why a model cannot be accelerated as it stands, if there is one.
+        chunk: in block diffusion, which chunk a forward is about, from the same as `geometry`.
     """
 
     name: str
@@ -31,10 +49,12 @@ class Family:
     self_attention: Callable[[Any], list[Any]]
     geometry: Callable[[Any, Mapping[str, Any]], Geometry]
     refuses: Callable[[Any], str | None] = lambda model: None
+    chunk: Callable[[Any, Mapping[str, Any]], Chunk | None] | None = None
 
 
 # class name of the transformer -> module that holds its family; imported on first use
 _TABLE: Final = {
+    "AnyFlowFARTransformer3DModel": "anyflow",
     "FluxTransformer2DModel": "flux",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "WanTransformer3DModel": "wan",

@@ -85,6 +85,7 @@ class RootHook:
                 geometry,
                 told=self._listener.told,
                 timestep=given.get("timestep"),
+                chunk=None if family.chunk is None else family.chunk(module, given),
             )
 
         self._handle = model.register_forward_pre_hook(tell, with_kwargs=True, prepend=True)

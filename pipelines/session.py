@@ -14,6 +14,7 @@ from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.pipelines.clock import Clock, Moment
+from dit_accel.pipelines.families import Chunk
 from dit_accel.state import State
 from dit_accel.types import Context, Geometry, Report
 
@@ -94,6 +95,8 @@ class Session:
         self._pipe = (lambda: None) if pipe is None else weakref.ref(pipe)
         self._clock = Clock()
         self._now: tuple[str, Geometry | None, Moment] | None = None
+        self._cache: Callable[[], Tensor | None] = lambda: None
+        self._chunk: tuple[int, bool] | None = None
         self.state = State()
         self.log = DensityLog()
         self.hosts: dict[str, weakref.ref[nn.Module]] = {}
@@ -110,8 +113,26 @@ class Session:
             if model is not None:
                 yield name, model
 
-    def enter(self, model: str, geometry: Geometry | None, *, told: Any, timestep: Any) -> None:
-        """A forward of a transformer begins; without a geometry no method can run in it."""
+    def enter(
+        self,
+        model: str,
+        geometry: Geometry | None,
+        *,
+        told: Any,
+        timestep: Any,
+        chunk: Chunk | None = None,
+    ) -> None:
+        """A forward of a transformer begins; without a geometry no method can run in it.
+
+        In block diffusion a call is as long as its KV cache lives, steps are those of a chunk, and
+        the state is emptied at every chunk. A forward that fills the cache is no step, and belongs
+        to no chunk.
+        """
+        if chunk is not None:
+            self._turn_to(chunk)
+            if chunk.filling:
+                self._now = model, geometry, Moment(0, None, "", False)
+                return
         pipe = self._pipe()
         moment = self._clock.tick(
             told=told,
@@ -121,12 +142,37 @@ class Session:
         )
         if moment.first:
             self.state.clear()
-            self.log.clear()
+            if chunk is None:
+                self.log.clear()
         self._now = model, geometry, moment
+
+    def _turn_to(self, chunk: Chunk) -> None:
+        """A new cache begins a call, and a new chunk begins without memory."""
+        where = chunk.index, chunk.filling
+        if self._cache() is chunk.cache:
+            if where != self._chunk:
+                self._forget()
+            self._chunk = where
+            return
+        self.leave()
+        self.log.clear()
+        me = weakref.ref(self)
+
+        def end(reference: weakref.ref[Tensor]) -> None:
+            session = me()
+            if session is not None and session._cache is reference:
+                session.leave()
+
+        # nothing else tells that such a call is over, be it by an exception
+        self._cache, self._chunk = weakref.ref(chunk.cache, end), where
 
     def leave(self) -> None:
         """The call of the pipeline is over."""
         self._now = None
+        self._cache, self._chunk = (lambda: None), None
+        self._forget()
+
+    def _forget(self) -> None:
         self.state.clear()
         self._clock.reset()
 
