@@ -45,7 +45,9 @@ def _within(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) 
     if isinstance(plan, Plan) and plan.whole:
         valid = blocked.geometry.key_valid
         return Partial(
-            *partial_attention(blocked.q, blocked.k, blocked.v, key_valid=valid, scale=blocked.scale)
+            *partial_attention(
+                blocked.q, blocked.k, blocked.v, key_valid=valid, scale=blocked.scale
+            )
         )
     if isinstance(plan, TokenPlan):
         return Partial(
@@ -110,8 +112,8 @@ def beyond(
         of_memory = getattr(rest, "of_prefix", None)
         parts.append((of_memory or of_prefix)(q, ctx, scale))
     if prefix.zeros:
-        lse = torch.full(q.shape[:-1], math.log(prefix.zeros), device=q.device)
-        parts.append(Partial(q.new_zeros(()).expand_as(q), lse))
+        empty = Partial.empty_like(q)
+        parts.append(Partial(empty.out, empty.lse.fill_(math.log(prefix.zeros))))
     return parts
 
 

@@ -139,14 +139,23 @@ def partial_bytes(q: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FrozenLayout:
-    """A layout that stands still between refreshes."""
+    """A layout that stands still between refreshes.
+
+    Attributes:
+        inner: which layout.
+        cycle: when it may move.
+        needs_prefix: why this makes sense in block diffusion only, if that is so.
+    """
 
     inner: Layout
     cycle: Cycle
+    needs_prefix: str | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None
     ) -> Blocked:
+        if self.needs_prefix is not None and ctx.prefix is None:
+            raise InputError(f"flashblock: {self.needs_prefix}")
         known = self.cycle.frozen(ctx, q)
         if known is None:
             return self.inner(q, k, v, ctx, scale)
@@ -180,16 +189,6 @@ class Whole:
         return ()
 
     def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan:
-        """Every pair.
-
-        Raises:
-            InputError: there is no prefix, and so nothing outside that could be kept.
-        """
-        if ctx.prefix is None:
-            raise InputError(
-                "flashblock: inner: expected a sparse method, or a prefix (block diffusion), whose "
-                "partial can be kept, got dense attention without a prefix"
-            )
         shape = (1, 1, blocked.queries.num_blocks, blocked.keys.num_blocks)
         return Plan(torch.ones(shape, dtype=torch.int8, device=blocked.q.device), whole=True)
 
@@ -266,13 +265,17 @@ def complement(plan: Plan | TokenPlan) -> Plan | TokenPlan:
     if isinstance(plan, TokenPlan):
         return TokenPlan(~plan.select)
     if bool((plan.code > EXACT).any()):
-        raise InputError(f"flashblock: inner: {_POOLS}")
+        raise InputError(f"flashblock: {_POOLS}")
     return Plan(torch.where(plan.code == EXACT, DROP, EXACT).to(torch.int8))
 
 
 _POOLS = (
-    "expected a method whose pairs are exact or left out, got one with pooled levels (psa), whose "
-    "pooled pairs are neither, so that what it leaves out has no exact complement"
+    "inner: expected a method whose pairs are exact or left out, got one with pooled levels (psa), "
+    "whose pooled pairs have no exact complement; in block diffusion it can be used"
+)
+_DENSE = (
+    "inner: expected a sparse method, got dense attention, which leaves nothing out; in block "
+    "diffusion it can be used"
 )
 
 
@@ -280,28 +283,43 @@ def around(inner: Method, cycle: Cycle) -> Method:
     """A method with its outside kept.
 
     Raises:
-        InputError: the inner method pools pairs, or keeps its outside already.
+        InputError: the inner method keeps its outside already.
     """
     if isinstance(inner.rest, KeptRest):
         raise InputError(
-            "flashblock: inner: expected a method that keeps nothing, got one that is flashblock "
-            "already"
+            "flashblock: inner: expected a method that keeps nothing, got flashblock itself"
         )
-    if getattr(inner.route, "pools", False):
-        raise InputError(f"flashblock: inner: {_POOLS}")
     if inner.layout is None or inner.route is None or inner.rest is None:
-        # one block; no kernel looks at it
-        return replace(
-            inner, layout=Raster(2**62), route=Whole(), rest=KeptRest(Drop(), cycle)
-        )
+        # one block, which no kernel looks at
+        layout, route, rest = FrozenLayout(Raster(2**62), cycle, _DENSE), Whole(), Drop()
+        return replace(inner, layout=layout, route=route, rest=KeptRest(rest, cycle))
+    reason = _POOLS if getattr(inner.route, "pools", False) else None
     return replace(
         inner,
-        layout=FrozenLayout(inner.layout, cycle),
+        layout=FrozenLayout(inner.layout, cycle, reason),
         route=FrozenRoute(inner.route, cycle),
         rest=KeptRest(inner.rest, cycle),
     )
 
 
-def needs_prefix(method: Method) -> bool:
-    """Whether a method can run in block diffusion only: `flashblock` around dense attention."""
-    return isinstance(method.route, Whole)
+def needs_prefix(method: Method) -> str | None:
+    """Why a method makes sense in block diffusion only, if that is so."""
+    return method.layout.needs_prefix if isinstance(method.layout, FrozenLayout) else None
+
+
+def check_layers(method: Method, layers: int, of: str) -> None:
+    """Raise an InputError unless a transformer has the layers that are to keep their outside.
+
+    Args:
+        method: `flashblock`; any other fits.
+        layers: of the transformer's self-attention.
+        of: its name, for messages.
+    """
+    rest = method.rest
+    chosen = rest.cycle.layers if isinstance(rest, KeptRest) and rest.cycle.layers else ()
+    for layer in chosen:
+        if not -layers <= layer < layers:
+            raise InputError(
+                f"flashblock: layers: expected layers from {-layers} to {layers - 1} of {of}, got "
+                f"{layer}"
+            )

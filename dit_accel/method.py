@@ -159,8 +159,9 @@ class Method:
                 "it under torch.no_grad()"
             )
         blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
-        if not self._ask("settled", q, ctx):
-            blocked.summary(*self.route.needs, *self.rest.needs)
+        needs = (*self.route.needs, *self.rest.needs)
+        if needs and not self._ask("settled", q, ctx):
+            blocked.summary(*needs)
         whole = self._ask("computes_all", q, ctx)
         computed = 0
         if ctx.prefix is not None and not self._ask("keeps_prefix", q, ctx):

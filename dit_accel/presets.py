@@ -326,8 +326,8 @@ def flashblock(
     inner: Annotated[
         str | Method,
         Opt(
-            "the method inside; its options are taken as well; dense in block diffusion only",
-            ("pisa", "svg_ear", "vmoba", "dense"),
+            "the method inside, with its options beside; dense and psa in block diffusion only",
+            ("pisa", "svg_ear", "vmoba", "psa", "dense"),
             Method,
         ),
     ] = "pisa",
@@ -349,8 +349,9 @@ def flashblock(
 
     In block diffusion the cached context is kept, and the inner method acts inside the chunk.
     Elsewhere what the inner method leaves out is kept, and its rest serves its route alone, and
-    the layers that keep nothing. ``dense_steps`` and ``dense_layers``, if given, take the place of
-    those of an inner `Method`. ``psa`` is refused: its pooled pairs have no exact complement.
+    the layers that keep nothing; ``dense`` leaves nothing out, and the pooled pairs of ``psa`` have
+    no exact complement, so that both are refused there. ``dense_steps`` and ``dense_layers``, if
+    given, take the place of those of an inner `Method`.
     """
     method = build(inner, **inner_options) if isinstance(inner, str) else inner
     budget = None if budget_gib is None else int(budget_gib * 2**30)

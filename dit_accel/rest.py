@@ -26,7 +26,7 @@ class Rest(Protocol):
 
     One that remembers may also have ``outside(blocked, plan, ctx) -> Partial | None``, a partial of
     everything that the plan leaves out, in place of `terms`; ``of_prefix(q, ctx, scale) ->
-    Partial``, that of the prefix; and answers about a step, before it runs, as ``(ctx, q) -> bool``:
+    Partial``, that of the prefix; and tell of a step, before it runs, by ``(ctx, q) -> bool``:
     ``settled``, no statistics are needed; ``computes_all``, every pair will be computed;
     ``keeps_prefix``, the prefix's partial is at hand.
     """

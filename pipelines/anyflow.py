@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,11 +89,16 @@ class AnyFlowProcessor(MethodProcessor, AnyFlowCausalAttnProcessor):
             out: Tensor = self._cross(attn, hidden_states, encoder_hidden_states, attention_mask)
             return out
         stock = super().__call__
+        binding, ctx = self.begin(attn)
+        batch, length = hidden_states.shape[:2]
         if kv_cache is not None and kv_cache_flag is not None and kv_cache_flag["is_cache_step"]:
+            every = torch.full(
+                (batch, attn.heads), binding.session.filling, device=hidden_states.device
+            )
+            binding.record(ctx, Report(every, every))
             return stock(
                 attn, hidden_states, None, attention_mask, rotary_emb, kv_cache, kv_cache_flag
             )
-        binding, ctx = self.begin(attn)
         if kv_cache is None or kv_cache_flag is None or rotary_emb is None:
             raise InputError(
                 f"{self.method.name}: expected a forward with a KV cache (use_kv_cache=True), got "
@@ -102,13 +108,10 @@ class AnyFlowProcessor(MethodProcessor, AnyFlowCausalAttnProcessor):
             ctx, prefix=_prefix(hidden_states, rotary_emb["key"], kv_cache, kv_cache_flag)
         )
         if self.method.is_dense(ctx):
-            like = hidden_states.new_empty(()).expand(
-                hidden_states.shape[0], attn.heads, hidden_states.shape[1]
-            )
+            like = hidden_states.new_empty(()).expand(batch, attn.heads, length)
             every = dense_pairs(like, None, ctx.prefix)
             binding.record(ctx, Report(every, every))
             return stock(attn, hidden_states, None, None, rotary_emb, kv_cache, kv_cache_flag)
-        length = hidden_states.shape[1]
         query, key, value = (
             x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
             for x in (
@@ -167,7 +170,25 @@ def _chunk(model: Any, given: Mapping[str, Any]) -> Chunk | None:
     cache, flag = given.get("kv_cache"), given.get("kv_cache_flag")
     if cache is None or flag is None:
         return None
-    return Chunk(cache[0]["full_cache"], flag["num_cached_chunks"], flag["is_cache_step"])
+    fills = flag["is_cache_step"]
+    return Chunk(
+        cache[0]["full_cache"],
+        flag["num_cached_chunks"],
+        _causal_pairs(model.config, given) if fills else None,
+    )
+
+
+def _causal_pairs(config: Any, given: Mapping[str, Any]) -> int:
+    """What the causal mask of a forward that fills the cache lets through."""
+    rows, columns = given["hidden_states"].shape[3:]
+    coarse, fine = (
+        (rows // patch[1]) * (columns // patch[2])
+        for patch in (config.compressed_patch_size, config.patch_size)
+    )
+    frames = given["chunk_partition"]
+    older = max(0, len(frames) - (config.full_chunk_limit - 1))
+    tokens = [n * (coarse if chunk < older else fine) for chunk, n in enumerate(frames)]
+    return sum(n * seen for n, seen in zip(tokens, accumulate(tokens), strict=True))
 
 
 FAMILY = Family(

@@ -21,12 +21,13 @@ class Chunk:
     Attributes:
         cache: a tensor of the KV cache, which lives as long as the call of the pipeline.
         index: how many chunks are in the cache.
-        filling: whether this forward fills the cache, and denoises nothing.
+        filling: pairs of a query and a key, for each head and element of the batch, of a forward
+            that fills the cache and denoises nothing; ``None`` for one that denoises.
     """
 
     cache: Tensor
     index: int
-    filling: bool
+    filling: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from dit_accel import presets
 from dit_accel.errors import InputError
+from dit_accel.flashblock import check_layers, needs_prefix
 from dit_accel.method import Method, Schedule
 from dit_accel.pipelines import embedded
 from dit_accel.pipelines.families import Family, family_of, models_of
@@ -144,8 +145,11 @@ def set_attn_processor(pipe: Any, given: Any, **options: Any) -> None:
         )
     prepare(pipe)
     for model in models_of(pipe).values():
-        # diffusers empties the dictionary that it is given
-        model.set_attn_processor(dict(given) if isinstance(given, dict) else given)
+        if hasattr(model, "set_attn_processor"):
+            # diffusers empties the dictionary that it is given
+            model.set_attn_processor(dict(given) if isinstance(given, dict) else given)
+        else:  # AnyFlow's has none of its own
+            _set_processors(model, given)
 
 
 def session_of(target: Any) -> Session:
@@ -220,8 +224,11 @@ def _made_for(models: dict[str, Any], method: str | Method, options: dict[str, A
     for name, model in models.items():
         family = _family(model)
         reason = family.refuses(model)
+        if reason is None and family.chunk is None:
+            reason = needs_prefix(made)
         if reason is not None:
             raise InputError(f"{made.name}: {reason}")
+        check_layers(made, len(family.self_attention(model)), name)
         count = len(family.self_attention(model))
         for layer in made.schedule.dense_layers:
             if not -count <= layer < count:
@@ -247,6 +254,24 @@ def _attach(session: Session, name: str, model: Any) -> None:
     session.originals[name] = {}
     setattr(model, ATTRIBUTE, session)
     setattr(model, _HOOK, RootHook(name, model, family, session))
+
+
+def _set_processors(model: Any, given: Any) -> None:
+    """What diffusers' ``set_attn_processor`` does, with its names in a dictionary."""
+    modules = {
+        f"{path}.processor": module
+        for path, module in model.named_modules()
+        if hasattr(module, "set_processor")
+    }
+    if not isinstance(given, dict):
+        given = dict.fromkeys(modules, given)
+    if given.keys() != modules.keys():
+        raise InputError(
+            f"set_attn_processor: expected a processor for each of {len(modules)} modules, such as "
+            f"{next(iter(modules))!r}, got {len(given)}"
+        )
+    for name, module in modules.items():
+        module.set_processor(given[name])
 
 
 def _note_originals(model: Any) -> None:

@@ -28,7 +28,7 @@ class Record:
 
     Attributes:
         model: the transformer's name in the pipeline.
-        step, layer, branch: where.
+        step, layer, branch: where; step -1 is a forward that fills a KV cache.
         exact, every: pairs computed exactly, and all pairs.
     """
 
@@ -60,8 +60,10 @@ class DensityLog:
 
     @property
     def by_step(self) -> dict[int, float]:
-        """Density of every denoising step."""
-        return self.by(lambda record: record.step)
+        """Density of every denoising step; of all chunks together, in block diffusion."""
+        found = self.by(lambda record: record.step)
+        found.pop(-1, None)
+        return found
 
     @property
     def by_layer(self) -> dict[int, float]:
@@ -88,6 +90,7 @@ class Session:
     Attributes:
         state: memory of the methods; empty before and after every call.
         log: densities of the latest call, kept until the next one begins.
+        filling: pairs, for each head and element of the batch, of a forward that fills a KV cache.
     """
 
     def __init__(self, pipe: Any | None) -> None:
@@ -97,6 +100,7 @@ class Session:
         self._now: tuple[str, Geometry | None, Moment] | None = None
         self._cache: Callable[[], Tensor | None] = lambda: None
         self._chunk: tuple[int, bool] | None = None
+        self.filling = 0
         self.state = State()
         self.log = DensityLog()
         self.hosts: dict[str, weakref.ref[nn.Module]] = {}
@@ -130,8 +134,9 @@ class Session:
         """
         if chunk is not None:
             self._turn_to(chunk)
-            if chunk.filling:
-                self._now = model, geometry, Moment(0, None, "", False)
+            if chunk.filling is not None:
+                self._now = model, geometry, Moment(-1, None, "", False)
+                self.filling = chunk.filling
                 return
         pipe = self._pipe()
         moment = self._clock.tick(
@@ -148,7 +153,7 @@ class Session:
 
     def _turn_to(self, chunk: Chunk) -> None:
         """A new cache begins a call, and a new chunk begins without memory."""
-        where = chunk.index, chunk.filling
+        where = chunk.index, chunk.filling is not None
         if self._cache() is chunk.cache:
             if where != self._chunk:
                 self._forget()
