@@ -286,5 +286,6 @@ def _note_originals(model: Any) -> None:
 def _keep_backend(old: Any, new: Any) -> None:
     """``model.set_attention_backend`` outlives a change of processors."""
     for name in ("_attention_backend", "_parallel_config"):
-        if hasattr(old, name) and hasattr(new, name):
+        # what is set on the processor itself; defaults differ, as those of AnyFlow's two kinds do
+        if name in vars(old) and hasattr(new, name):
             setattr(new, name, getattr(old, name))
