@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_summary.api import check_blocks, check_valid, resolve
+from dit_accel.kernels.backends import BACKENDS, resolve, triton_refusal
+from dit_accel.kernels.block_summary.api import check_blocks, check_valid
 
 POOLED = (2, 4, 8)
 """Codes of pooled levels: so many consecutive keys of a block are averaged into one."""
@@ -71,7 +72,7 @@ def block_attention(
         key_valid: bool ``[B, L]``; ``False`` keys are never read.
         scale: of the logits; ``D ** -0.5`` by default.
         rest: what stands in for code -1.
-        backend: ``"auto"``, or a name from `BACKENDS`; a named one never falls back.
+        backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
         ``out`` ``[B, H, L, D]`` in ``q``'s dtype; ``lse`` ``[B, H, L]``, natural log, in fp32 (fp64
@@ -82,7 +83,6 @@ def block_attention(
     """
     from dit_accel.kernels.block_attention import batched, reference
 
-    chosen = resolve(backend, q)
     if q.ndim != 4 or q.shape != k.shape or k.shape != v.shape:
         raise ValueError(
             f"q, k, v: expected one shape [B, H, L, D], got {list(q.shape)}, {list(k.shape)}, "
@@ -114,7 +114,15 @@ def block_attention(
         raise ValueError(f"rest: expected k_var for weight {rest.weight!r}, got None")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("q, k, v: expected no gradient to be asked for: run under torch.no_grad()")
-    run = batched.block_attention if chosen == "batched" else reference.block_attention
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = resolve(backend, q, BACKENDS, _refusal(q, scale, rest))
+    run = reference.block_attention
+    if chosen == "batched":
+        run = batched.block_attention
+    elif chosen == "triton":
+        from dit_accel.kernels.block_attention import triton
+
+        run = triton.block_attention
     return run(
         q,
         k,
@@ -125,6 +133,15 @@ def block_attention(
         k_perm=k_perm,
         k_offsets=k_offsets,
         key_valid=key_valid,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         rest=rest,
     )
+
+
+def _refusal(q: Tensor, scale: float, rest: RestTerms | None) -> str | None:
+    """Why the kernel cannot take a call."""
+    if rest is not None and rest.cov_sum is not None and rest.cov_scope == "rest":
+        return "it has no cov_scope 'rest', which needs a covariance for every row"
+    if scale <= 0:
+        return f"it takes a positive scale, not {scale}"
+    return triton_refusal(q)

@@ -1,0 +1,88 @@
+"""Blocks as kernels read them: flat, bounded in size beforehand, never read by the host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LENGTH_BITS = 8
+"""A tile is one number: where it starts, shifted by so many bits, and how long it is."""
+
+
+class Compact(NamedTuple):
+    """An order without its padding.
+
+    ``perm`` int32 ``[B|1, H|1, L]``, the valid tokens first, then -1; ``offsets`` int32
+    ``[B|1, H|1, N + 1]`` into it.
+    """
+
+    perm: Tensor
+    offsets: Tensor
+
+
+def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
+    """Take padding out of an order.
+
+    Args:
+        perm: int64 ``[B|1, H|1, L]``.
+        offsets: integer ``[B|1, H|1, N + 1]``.
+        valid: bool ``[B, L]`` by token, or ``None`` when every token is.
+    """
+    if valid is None:
+        return Compact(perm.to(torch.int32).contiguous(), offsets.to(torch.int32).contiguous())
+    batch, heads = valid.shape[0], max(perm.shape[1], offsets.shape[1])
+    perm = perm.expand(batch, heads, -1)
+    bounds = offsets.long().expand(batch, heads, -1)
+    keep = valid[:, None].expand(-1, heads, -1).gather(2, perm)
+    before = torch.nn.functional.pad(keep.cumsum(-1), (1, 0))
+    place = torch.where(keep, before[..., :-1], keep.shape[-1])
+    # one place more than tokens: padding is written there
+    made = perm.new_full((batch, heads, keep.shape[-1] + 1), -1).scatter_(2, place, perm)
+    made[..., -1] = -1
+    packed = made[..., :-1].to(torch.int32).contiguous()
+    return Compact(packed, before.gather(2, bounds).to(torch.int32).contiguous())
+
+
+class Tiles(NamedTuple):
+    """Blocks cut into tiles of bounded length.
+
+    ``block`` int32 ``[B|1, H|1, T]``, the block of each tile; ``span`` int32 of that shape, its
+    start and length (`LENGTH_BITS`), 0 for tiles that do not exist.
+    """
+
+    block: Tensor
+    span: Tensor
+
+
+def tiles(offsets: Tensor, length: int, size: int, longest: int | None = None) -> Tiles:
+    """Cut blocks every ``size`` tokens.
+
+    Args:
+        offsets: int32 ``[B|1, H|1, N + 1]``.
+        length: tokens in all.
+        size: longest tile, below ``2 ** LENGTH_BITS``.
+        longest: tokens of the longest block, where the caller knows; bounds how many tiles are
+            made.
+    """
+    starts, sizes = offsets[..., :-1].long(), offsets.diff(dim=-1).long()
+    blocks = sizes.shape[-1]
+    if longest is not None and longest <= size:
+        span = torch.where(sizes > 0, (starts << LENGTH_BITS) | sizes, 0)
+        block = torch.arange(blocks, dtype=torch.int32, device=offsets.device)
+        return Tiles(block.expand(sizes.shape).contiguous(), span.to(torch.int32).contiguous())
+    most = blocks + length // size
+    if longest is not None:
+        most = min(most, blocks * -(-longest // size))
+    per_block = -(-sizes // size)
+    ends = per_block.cumsum(-1)
+    number = torch.arange(most, device=offsets.device).expand(*sizes.shape[:2], -1).contiguous()
+    block = torch.searchsorted(ends, number, right=True)
+    exists = block < blocks
+    block = block.clamp(max=max(0, blocks - 1))
+    shift = (number - (ends - per_block).gather(2, block)) * size
+    start = starts.gather(2, block) + shift
+    count = (sizes.gather(2, block) - shift).clamp(max=size)
+    span = torch.where(exists, (start << LENGTH_BITS) | count, 0)
+    return Tiles(block.to(torch.int32), span.to(torch.int32))
