@@ -42,6 +42,16 @@ class Frozen:
     keys: Blocks
     plan: Plan | TokenPlan
 
+    @property
+    def bytes(self) -> int:
+        """What it takes beside the partial; orders that all heads share are not the layer's own."""
+        plan = self.plan.select if isinstance(self.plan, TokenPlan) else self.plan.code
+        tensors = {id(plan): plan}
+        for blocks in (self.queries, self.keys):
+            if blocks.perm.shape[1] > 1:
+                tensors |= {id(x): x for x in (blocks.perm, blocks.offsets)}
+        return sum(x.numel() * x.element_size() for x in tensors.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -68,7 +78,8 @@ class Cycle:
     Attributes:
         refresh: denoising steps from one refresh to the next.
         layers: that keep their outside, negative ones counted from the last; ``None`` is all.
-        budget: bytes that all kept partials together may take; ``None`` is no limit.
+        budget: bytes that all kept partials, and the plans that they belong to, may take together;
+            ``None`` is no limit.
     """
 
     refresh: int
@@ -102,14 +113,16 @@ class Cycle:
         known = self.kept(ctx, q)
         return None if known is None else known.frozen
 
-    def check_budget(self, ctx: Context, q: Tensor) -> None:
+    def check_budget(self, ctx: Context, q: Tensor, frozen: Frozen | None = None) -> None:
         """Raise an InputError if the partials would take more than the budget, before one is made.
 
-        Counted are all layers that will keep one, for the guidance branches seen so far and this.
+        Counted are all layers that will keep one, as if their plans were all of one size, for the
+        guidance branches seen so far and this.
         """
         if self.budget is None or ctx.state is None:
             return
-        one, layers = partial_bytes(q), self._count(ctx)
+        one = partial_bytes(q) + (0 if frozen is None else frozen.bytes)
+        layers = self._count(ctx)
         others = ctx.state.branches(_SLOT) - {ctx.branch}
         needed = one * layers * (len(others) + 1)
         if needed > self.budget:
@@ -234,8 +247,8 @@ class KeptRest:
             return None
         known = self.cycle.kept(ctx, blocked.q)
         if known is None:
-            self.cycle.check_budget(ctx, blocked.q)
             frozen = Frozen(blocked.queries, blocked.keys, plan)
+            self.cycle.check_budget(ctx, blocked.q, frozen)
             known = Kept(ctx.step, None, direct(blocked, complement(plan), ctx), frozen)
             ctx.memory[_SLOT] = known
         return known.partial

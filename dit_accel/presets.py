@@ -339,7 +339,7 @@ def flashblock(
     ] = None,
     budget_gib: Annotated[
         Annotated[float, Field(gt=0)] | None,
-        Opt("GiB that everything kept may take; none is no limit"),
+        Opt("GiB that all kept partials and plans may take; none is no limit"),
     ] = None,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),

@@ -145,10 +145,11 @@ class Session:
             num_timesteps=getattr(pipe, "num_timesteps", None) if told is not None else None,
             timestep=timestep,
         )
-        if moment.first:
+        if moment.first or (self._now is not None and self._now[0] != model):
+            # another transformer took over: what the one before remembers is of no more use
             self.state.clear()
-            if chunk is None:
-                self.log.clear()
+        if moment.first and chunk is None:
+            self.log.clear()
         self._now = model, geometry, moment
 
     def _turn_to(self, chunk: Chunk) -> None:

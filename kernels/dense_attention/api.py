@@ -77,7 +77,7 @@ def partial_attention(
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=work)
     reason = flash.refuses(q, k, v, key_valid) if backend in ("auto", "flash") else None
     if backend == "flash" and reason is not None:
-        raise ValueError(f"backend: 'flash' cannot run here: {reason}")
+        raise ValueError(f"backend: expected one that can run here, got 'flash': {reason}")
     if backend == "chunked" or reason is not None:
         return chunked.partial_attention(q, k, v, key_valid, scale)
     return flash.partial_attention(q, k, v, scale)
