@@ -135,12 +135,12 @@ def choose_topk(score: Tensor, available: Tensor, density: float) -> Tensor:
     Returns:
         bool, as ``score``. A row with nothing available stays empty.
     """
-    wanted = [[max(1, math.floor(density * n)) for n in row] for row in available.tolist()]
-    most = min(max(map(max, wanted)), score.shape[-1])
+    blocks = score.shape[-1]
+    most = max(1, math.floor(density * blocks))
     best, order = score.topk(most, dim=-1)
+    limit = (available.double() * density).floor().clamp(min=1)
     rank = torch.arange(most, device=score.device)
-    limit = torch.tensor(wanted, device=score.device).view(*available.shape, 1, 1)
-    take = (rank < limit) & (best > -torch.inf)
+    take = (rank < limit[..., None, None]) & (best > -torch.inf)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, take)
 
 

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -88,3 +90,8 @@ def _too_old(index: int) -> str | None:
     if capability < (8, 0):
         return f"it takes devices of compute capability 8.0 or newer, not {capability}"
     return None
+
+
+def implementation(operation: str, name: str) -> ModuleType:
+    """The module of an operation's implementation, imported when it is first used."""
+    return importlib.import_module(f"dit_accel.kernels.{operation}.{name}")

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 LENGTH_BITS = 8
-"""A tile is one number: where it starts, shifted by so many bits, and how long it is."""
+"""A tile is one number: how long it is in the lowest bits, ..."""
+START_BIT = LENGTH_BITS + 3
+"""... then of how many keys each of its rows is the mean, less one, and from here on its start."""
+MOST_ROWS = 1 << (31 - START_BIT)
+"""Rows of a head that such numbers can tell apart."""
+BLOCK_BIT = 4
+"""The block of a tile, shifted by so many bits, and the level that it is pooled to."""
 
 
 class Compact(NamedTuple):
@@ -48,8 +54,8 @@ def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
 class Tiles(NamedTuple):
     """Blocks cut into tiles of bounded length.
 
-    ``block`` int32 ``[B|1, H|1, T]``, the block of each tile; ``span`` int32 of that shape, its
-    start and length (`LENGTH_BITS`), 0 for tiles that do not exist.
+    ``block`` int32 ``[B|1, H|1, T]``, the block and the level of each tile (`BLOCK_BIT`); ``span``
+    int32 of that shape, its start and length (`START_BIT`), 0 for tiles that do not exist.
     """
 
     block: Tensor
@@ -69,8 +75,9 @@ def tiles(offsets: Tensor, length: int, size: int, longest: int | None = None) -
     starts, sizes = offsets[..., :-1].long(), offsets.diff(dim=-1).long()
     blocks = sizes.shape[-1]
     if longest is not None and longest <= size:
-        span = torch.where(sizes > 0, (starts << LENGTH_BITS) | sizes, 0)
+        span = torch.where(sizes > 0, (starts << START_BIT) | sizes, 0)
         block = torch.arange(blocks, dtype=torch.int32, device=offsets.device)
+        block = (block << BLOCK_BIT) + 1
         return Tiles(block.expand(sizes.shape).contiguous(), span.to(torch.int32).contiguous())
     most = blocks + length // size
     if longest is not None:
@@ -84,5 +91,5 @@ def tiles(offsets: Tensor, length: int, size: int, longest: int | None = None) -
     shift = (number - (ends - per_block).gather(2, block)) * size
     start = starts.gather(2, block) + shift
     count = (sizes.gather(2, block) - shift).clamp(max=size)
-    span = torch.where(exists, (start << LENGTH_BITS) | count, 0)
-    return Tiles(block.to(torch.int32), span.to(torch.int32))
+    span = torch.where(exists, (start << START_BIT) | count, 0)
+    return Tiles(((block << BLOCK_BIT) + 1).to(torch.int32), span.to(torch.int32))

@@ -17,13 +17,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
-from dit_accel.kernels.packed import LENGTH_BITS, Compact, Tiles, compact, tiles
+from dit_accel.kernels.packed import (
+    BLOCK_BIT,
+    LENGTH_BITS,
+    START_BIT,
+    Compact,
+    Tiles,
+    compact,
+    tiles,
+)
 from dit_accel.kernels.specimen import Specimen
 
 LOG2E = 1.4426950408889634
-_WEIGHTS = {"plain": 0, "second": 1, "gaussian": 2}
-_BITS = tl.constexpr(LENGTH_BITS)
+_AHEAD = 16
+"""Empty entries after every list: what a kernel may read beyond it."""
+WEIGHTS = {"plain": 0, "second": 1, "gaussian": 2}
+_BITS = tl.constexpr(START_BIT)
+_COUNT = tl.constexpr(LENGTH_BITS)
+_BLOCK = tl.constexpr(BLOCK_BIT)
+_LEVEL = tl.constexpr((1 << BLOCK_BIT) - 1)
 _MASK = tl.constexpr((1 << LENGTH_BITS) - 1)
+_SHAPE = tl.constexpr((1 << START_BIT) - 1)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "perm_b", "perm_h"])
@@ -76,6 +90,7 @@ def pack_kernel(
     tile_h,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """The exact tiles of a row of a plan: those of full length first, each part in rising order."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -83,24 +98,25 @@ def pack_kernel(
     codes = code + b * code_b + h * code_h + row.to(tl.int64) * columns
     at = b * tile_b + h * tile_h
     place = head.to(tl.int64) * rows + row
-    target = listed + place * (num_tiles + 2)
+    target = listed + place * (num_tiles + AHEAD)
     done = 0
     for part in tl.static_range(2):
         for first in range(0, num_tiles, CHUNK):
             number = first + tl.arange(0, CHUNK)
             inside = number < num_tiles
             where = tl.load(span + at + number, mask=inside, other=0)
-            length = where & _MASK
-            wanted = length == SIZE if part == 0 else (length > 0) & (length < SIZE)
+            # of full length, and no means
+            plain = (where & _SHAPE) == SIZE
+            wanted = plain if part == 0 else (where != 0) & (plain == 0)
             of = tl.load(block + at + number, mask=inside, other=0)
-            chosen = wanted & (tl.load(codes + of, mask=inside, other=0) == 1)
+            kind = tl.load(codes + (of >> _BLOCK), mask=inside, other=0)
+            chosen = wanted & (kind == (of & _LEVEL))
             rank = tl.cumsum(chosen.to(tl.int32), 0)
             tl.store(target + done + rank - 1, where, mask=chosen)
             done += tl.sum(chosen.to(tl.int32), 0)
         tl.store(counts + place * 2 + part, done)
-    # two more, which are read ahead and hold nothing
-    tl.store(target + done, 0)
-    tl.store(target + done + 1, 0)
+    # some more, which are read ahead and hold nothing
+    tl.store(target + done + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
 
 
 @triton.jit
@@ -113,7 +129,7 @@ def _weigh(logits, m, mass, acc):
     return p, peak, mass * fade + tl.sum(p, 1), acc * fade[:, None]
 
 
-_SIZES = ["heads", "length", "rows", "columns", "num_tiles", "num_rows"]
+_SIZES = ["heads", "length", "table", "rows", "columns", "num_tiles", "num_rows"]
 _SIZES += [f"{name}_{axis}" for name in ("perm", "tile", "code", "bias") for axis in "bh"]
 """Whole numbers that no kernel is compiled for."""
 
@@ -138,6 +154,7 @@ def attend_kernel(
     lse,
     heads,
     length,
+    table,
     rows,
     columns,
     num_tiles,
@@ -163,7 +180,6 @@ def attend_kernel(
     REST: tl.constexpr,
     WEIGHT: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
-    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -175,7 +191,7 @@ def attend_kernel(
     where = tl.load(q_span + at)
     if where == 0:
         return
-    block = tl.load(q_block + at)
+    block = tl.load(q_block + at) >> _BLOCK
     inside = tl.arange(0, BM) < (where & _MASK)
     place = (where >> _BITS) + tl.arange(0, BM)
     token = tl.load(q_perm + b * perm_b + h * perm_h + place, mask=inside, other=0)
@@ -193,7 +209,7 @@ def attend_kernel(
 
     if REST:
         codes = code + b * code_b + h * code_h + block.to(tl.int64) * columns
-        table = head.to(tl.int64) * columns
+        rest_row = head.to(tl.int64) * columns
         if WEIGHT != 0:
             half = query.to(tl.float32) * scale
             square = (half * half).to(query.dtype)
@@ -204,7 +220,7 @@ def attend_kernel(
             bias = tl.load(
                 rest_bias + b * bias_b + h * bias_h + number, mask=known, other=float("-inf")
             )
-            at_row = (table + number)[:, None] * D + depth[None, :]
+            at_row = (rest_row + number)[:, None] * D + depth[None, :]
             k = tl.load(rest_k + at_row, mask=known[:, None], other=0.0)
             logits = tl.dot(query, k.T, input_precision=PRECISION) * by
             if WEIGHT != 0:
@@ -223,33 +239,35 @@ def attend_kernel(
             first_order = tl.dot(query, tl.load(cov + at_cov), input_precision=PRECISION)
             acc += first_order * mass[:, None]
 
-    if EXACT:
-        row = head.to(tl.int64) * rows + block
-        entries = listed + row * (num_tiles + 2)
-        full = tl.load(counts + row * 2)
-        every = tl.load(counts + row * 2 + 1)
-        base = head * length
-        entry = tl.load(entries)
-        for i in tl.range(0, full, num_stages=STAGES):
-            ahead = tl.load(entries + i + 1)
-            start = base + (entry >> _BITS)
-            k = keys.load([start, 0])
-            logits = tl.dot(query, k.T, input_precision=PRECISION) * by
-            p, m, mass, acc = _weigh(logits, m, mass, acc)
-            v = values.load([start, 0])
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-            entry = ahead
-        for i in tl.range(full, every, num_stages=STAGES):
-            ahead = tl.load(entries + i + 1)
-            start = base + (entry >> _BITS)
-            k = keys.load([start, 0])
-            logits = tl.dot(query, k.T, input_precision=PRECISION) * by
-            known = tl.arange(0, BN) < (entry & _MASK)
-            logits = tl.where(known[None, :], logits, float("-inf"))
-            p, m, mass, acc = _weigh(logits, m, mass, acc)
-            v = values.load([start, 0])
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-            entry = ahead
+    row = head.to(tl.int64) * rows + block
+    entries = listed + row * num_tiles
+    full = tl.load(counts + row * 2)
+    every = tl.load(counts + row * 2 + 1)
+    base = head * table
+    entry = tl.load(entries)
+    for i in tl.range(0, full, num_stages=STAGES):
+        ahead = tl.load(entries + i + 1)
+        start = base + (entry >> _BITS)
+        k = keys.load([start, 0])
+        logits = tl.dot(query, k.T, input_precision=PRECISION) * by
+        p, m, mass, acc = _weigh(logits, m, mass, acc)
+        v = values.load([start, 0])
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        entry = ahead
+    for i in tl.range(full, every, num_stages=STAGES):
+        ahead = tl.load(entries + i + 1)
+        start = base + (entry >> _BITS)
+        k = keys.load([start, 0])
+        logits = tl.dot(query, k.T, input_precision=PRECISION) * by
+        known = tl.arange(0, BN) < (entry & _MASK)
+        pooled = ((entry >> _COUNT) & 7) + 1
+        logits = tl.where(
+            known[None, :], logits + tl.math.log2(pooled.to(tl.float32)), float("-inf")
+        )
+        p, m, mass, acc = _weigh(logits, m, mass, acc)
+        v = values.load([start, 0])
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        entry = ahead
 
     total = tl.where(mass == 0.0, 1.0, mass)
     result = acc / total[:, None]
@@ -350,11 +368,9 @@ def block_attention(
     if on_hopper:
         from dit_accel.kernels.block_attention import hopper
 
-        if rest is not None:
-            _attend(problem, rest, bm, bn, chosen, exact=False)
-        hopper.exact(problem, init=rest is not None)
+        hopper.attend(problem, rest, bn)
     else:
-        _attend(problem, rest, bm, bn, chosen, exact=True)
+        _attend(problem, rest, bm, bn, chosen)
     return problem.out, problem.lse
 
 
@@ -364,7 +380,7 @@ def packed(
     """Every row's exact tiles as a list, ``[B, H, Nq, T + 2]``, and how many, ``[B, H, Nq, 2]``."""
     rows, columns = code.shape[2:]
     num_tiles = k_tiles.span.shape[-1]
-    listed = code.new_empty((batch, heads, rows, num_tiles + 2), dtype=torch.int32)
+    listed = code.new_empty((batch, heads, rows, num_tiles + _AHEAD), dtype=torch.int32)
     counts = code.new_empty((batch, heads, rows, 2), dtype=torch.int32)
     pack_kernel[(rows, batch * heads)](
         code,
@@ -380,6 +396,7 @@ def packed(
         *lead(k_tiles.span),
         SIZE=size,
         CHUNK=1024,
+        AHEAD=_AHEAD,
     )
     return listed, counts
 
@@ -390,15 +407,13 @@ def _attend(
     bm: int,
     bn: int,
     options: dict[str, Any],
-    *,
-    exact: bool,
 ) -> None:
     q, depth = problem.q, problem.q.shape[3]
     described = [
         TensorDescriptor.from_tensor(x.view(-1, depth), [bn, depth])
         for x in (problem.keys, problem.values)
     ]
-    terms = _terms(rest, q, problem.scale)
+    terms = rest_tables(rest, q, problem.scale)
     attend_kernel[problem.grid](
         q,
         *described,
@@ -412,8 +427,9 @@ def _attend(
         problem.lse,
         q.shape[1],
         q.shape[2],
+        problem.keys.shape[2],
         *problem.code.shape[2:],
-        problem.listed.shape[-1] - 2,
+        problem.listed.shape[-1],
         problem.grid[0],
         problem.scale,
         *q.stride()[:3],
@@ -426,9 +442,8 @@ def _attend(
         BM=bm,
         BN=bn,
         REST=rest is not None,
-        WEIGHT=0 if rest is None else _WEIGHTS[rest.weight],
+        WEIGHT=0 if rest is None else WEIGHTS[rest.weight],
         FIRST_ORDER=rest is not None and rest.cov_sum is not None,
-        EXACT=exact,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **options,
     )
@@ -446,7 +461,7 @@ def _setting(q: Tensor) -> dict[str, Any]:
     }
 
 
-def _terms(rest: RestTerms | None, like: Tensor, scale: float) -> dict[str, Tensor]:
+def rest_tables(rest: RestTerms | None, like: Tensor, scale: float) -> dict[str, Tensor]:
     """Tables of the rest in the inputs' dtype; logits' parts in powers of two."""
     empty = torch.empty(1, 1, 1, dtype=torch.float32, device=like.device)
     if rest is None:
@@ -482,7 +497,6 @@ def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, 
         "REST": rest,
         "WEIGHT": 1 if rest else 0,
         "FIRST_ORDER": rest,
-        "EXACT": True,
         "PRECISION": "tf32",
     }
     names = attend_kernel.arg_names
