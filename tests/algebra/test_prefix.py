@@ -104,6 +104,8 @@ def test_a_kept_context_is_exact_while_queries_stand_still(refresh):
         fresh = step % refresh == 0
         assert report.density == (1.0 if fresh else LENGTH / (LENGTH + PAST))
     assert past.reads == -(-5 // refresh)
+    kept = state.slot(0, "")["flashblock"].partial
+    assert kept.out.nbytes + kept.lse.nbytes == partial_bytes(q)
 
 
 def test_between_refreshes_the_context_is_that_of_then():
