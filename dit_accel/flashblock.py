@@ -277,7 +277,7 @@ def complement(plan: Plan | TokenPlan) -> Plan | TokenPlan:
     """
     if isinstance(plan, TokenPlan):
         return TokenPlan(~plan.select)
-    if bool((plan.code > EXACT).any()):
+    if plan.levels:
         raise InputError(f"flashblock: {_POOLS}")
     return Plan(torch.where(plan.code == EXACT, DROP, EXACT).to(torch.int8))
 

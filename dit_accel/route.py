@@ -7,7 +7,6 @@ with has a method ``refuses(rest)``, which gives the reason or ``None``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import InputError
+from dit_accel.kernels.topk import topk_mask
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.types import EXACT, REST, Context, Plan, TokenPlan
 
@@ -135,13 +135,8 @@ def choose_topk(score: Tensor, available: Tensor, density: float) -> Tensor:
     Returns:
         bool, as ``score``. A row with nothing available stays empty.
     """
-    blocks = score.shape[-1]
-    most = max(1, math.floor(density * blocks))
-    best, order = score.topk(most, dim=-1)
-    limit = (available.double() * density).floor().clamp(min=1)
-    rank = torch.arange(most, device=score.device)
-    take = (rank < limit[..., None, None]) & (best > -torch.inf)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, take)
+    wanted = (available.double() * density).floor().clamp(min=1).long()
+    return topk_mask(score, wanted)
 
 
 def choose_topp(logit: Tensor, p: float) -> Tensor:

@@ -27,6 +27,8 @@ def resolve(
     like: Tensor,
     known: Sequence[str] = BACKENDS[:3],
     refusal: str | None = None,
+    *,
+    any_size: bool = False,
 ) -> str:
     """The implementation that a name means for a tensor.
 
@@ -35,6 +37,7 @@ def resolve(
         like: the tensor that the operation works on.
         known: names of the implementations that the operation has, ``"auto"`` among them.
         refusal: why the Triton kernel cannot take this call; ``None`` when it can.
+        any_size: whether ``like`` has no head size last, which would have to be a tuned one.
 
     Raises:
         ValueError: there is none of this name, or it was named and cannot run.
@@ -47,7 +50,8 @@ def resolve(
         return backend
     if like.device.type == "cpu":
         return "reference"
-    if "triton" in known and refusal is None and like.shape[-1] in HEAD_SIZES:
+    tuned = any_size or like.shape[-1] in HEAD_SIZES
+    if "triton" in known and refusal is None and tuned:
         return "triton"
     return "batched" if "batched" in known else "reference"
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dit_accel.kernels.order import valid_order
 
 LENGTH_BITS = 8
 """A tile is one number: how long it is in the lowest bits, ..."""
@@ -15,6 +20,25 @@ MOST_ROWS = 1 << (31 - START_BIT)
 """Rows of a head that such numbers can tell apart."""
 BLOCK_BIT = 4
 """The block of a tile, shifted by so many bits, and the level that it is pooled to."""
+
+
+T = TypeVar("T")
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def remembered(perm: Tensor, offsets: Tensor, what: Hashable, make: Callable[[], T]) -> T:
+    """What is made of an order, kept as long as the order is.
+
+    A layout that depends on the grid alone gives the same tensors at every step, and launching a
+    dozen small operations anew takes longer than a short sequence's attention.
+    """
+    known = _known.setdefault(offsets, {})
+    found = known.get(what)
+    if found is not None and found[0]() is perm:
+        return found[1]  # type: ignore[no-any-return]
+    made = make()
+    known[what] = weakref.ref(perm), made
+    return made
 
 
 class Compact(NamedTuple):
@@ -29,26 +53,26 @@ class Compact(NamedTuple):
 
 
 def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
-    """Take padding out of an order.
-
-    Args:
-        perm: int64 ``[B|1, H|1, L]``.
-        offsets: integer ``[B|1, H|1, N + 1]``.
-        valid: bool ``[B, L]`` by token, or ``None`` when every token is.
-    """
+    """Take padding out of an order; arguments as in `order.valid_order`."""
     if valid is None:
-        return Compact(perm.to(torch.int32).contiguous(), offsets.to(torch.int32).contiguous())
-    batch, heads = valid.shape[0], max(perm.shape[1], offsets.shape[1])
-    perm = perm.expand(batch, heads, -1)
-    bounds = offsets.long().expand(batch, heads, -1)
-    keep = valid[:, None].expand(-1, heads, -1).gather(2, perm)
-    before = torch.nn.functional.pad(keep.cumsum(-1), (1, 0))
-    place = torch.where(keep, before[..., :-1], keep.shape[-1])
-    # one place more than tokens: padding is written there
-    made = perm.new_full((batch, heads, keep.shape[-1] + 1), -1).scatter_(2, place, perm)
-    made[..., -1] = -1
-    packed = made[..., :-1].to(torch.int32).contiguous()
-    return Compact(packed, before.gather(2, bounds).to(torch.int32).contiguous())
+        return remembered(
+            perm,
+            offsets,
+            "compact",
+            lambda: Compact(
+                perm.to(torch.int32).contiguous(), offsets.to(torch.int32).contiguous()
+            ),
+        )
+    tokens, bounds = valid_order(perm, offsets, valid)
+    place = torch.arange(tokens.shape[-1], device=tokens.device)
+    tokens = torch.where(place < valid.sum(-1)[:, None, None], tokens.to(torch.int32), -1)
+    return Compact(tokens.contiguous(), bounds.contiguous())
+
+
+def _plain(perm: Tensor, offsets: Tensor) -> Compact:
+    # an alias, since what is remembered of a tensor must not keep it
+    bounds = offsets.to(torch.int32).contiguous().detach()
+    return Compact(perm.to(torch.int32).contiguous(), bounds)
 
 
 class Tiles(NamedTuple):

@@ -23,7 +23,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_attention.api import RestTerms
-from dit_accel.kernels.block_attention.triton import WEIGHTS, Problem, lead, rest_tables
+from dit_accel.kernels.block_attention.triton import WEIGHTS, Problem, rest_tables
+from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT
 from dit_accel.kernels.specimen import Specimen
 
@@ -32,7 +33,6 @@ _COUNT = gl.constexpr(LENGTH_BITS)
 _MASK = gl.constexpr((1 << LENGTH_BITS) - 1)
 _TURN = 128
 """Keys of a turn."""
-_STAGES = gl.constexpr(2)
 # renamed between Triton 3.6 and 3.9
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
@@ -61,34 +61,41 @@ def _bring_run(desc, row, buffer, ready):
 
 @gluon.jit
 def _producer(p, BOX: gl.constexpr, WEIGHT: gl.constexpr, FIRST_ORDER: gl.constexpr):
+    k_stages: gl.constexpr = p.k_bufs.shape[0]
+    v_stages: gl.constexpr = p.v_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
     depth: gl.constexpr = p.k_bufs.shape[2]
     boxes: gl.constexpr = width // BOX
+    k_turn = gl.to_tensor(0)
     for i in range(p.rest_turns):
-        stage = i % _STAGES
-        phase = ((i // _STAGES) & 1) ^ 1
         row = p.rest_row + i * width
-        mbarrier.wait(p.k_free.index(stage), phase)
-        _bring_run(p.rest_keys, row, p.k_bufs.index(stage), p.k_ready.index(stage))
+        at = k_turn % k_stages
+        mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
+        _bring_run(p.rest_keys, row, p.k_bufs.index(at), p.k_ready.index(at))
+        k_turn += 1
         if WEIGHT != 0:
-            mbarrier.wait(p.var_free, (i & 1) ^ 1)
-            _bring_run(p.rest_var, row, p.var_buf, p.var_ready)
-        mbarrier.wait(p.v_free.index(stage), phase)
-        _bring_run(p.rest_values, row, p.v_bufs.index(stage), p.v_ready.index(stage))
+            at = k_turn % k_stages
+            mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
+            _bring_run(p.rest_var, row, p.k_bufs.index(at), p.k_ready.index(at))
+            k_turn += 1
+        at = i % v_stages
+        mbarrier.wait(p.v_free.index(at), ((i // v_stages) & 1) ^ 1)
+        _bring_run(p.rest_values, row, p.v_bufs.index(at), p.v_ready.index(at))
     turns = (p.every + boxes - 1) // boxes
     for i in range(turns):
-        turn = p.rest_turns + i
-        stage = turn % _STAGES
-        phase = ((turn // _STAGES) & 1) ^ 1
-        mbarrier.wait(p.k_free.index(stage), phase)
-        _bring(p.keys, p.entries, i, p.row, p.k_bufs.index(stage), p.k_ready.index(stage), BOX)
-        mbarrier.wait(p.v_free.index(stage), phase)
-        _bring(p.values, p.entries, i, p.row, p.v_bufs.index(stage), p.v_ready.index(stage), BOX)
+        at = k_turn % k_stages
+        mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
+        _bring(p.keys, p.entries, i, p.row, p.k_bufs.index(at), p.k_ready.index(at), BOX)
+        k_turn += 1
+        v_turn = p.rest_turns + i
+        at = v_turn % v_stages
+        mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
+        _bring(p.values, p.entries, i, p.row, p.v_bufs.index(at), p.v_ready.index(at), BOX)
     if FIRST_ORDER:
-        turn = p.rest_turns + turns
-        stage = turn % _STAGES
-        mbarrier.wait(p.v_free.index(stage), ((turn // _STAGES) & 1) ^ 1)
-        _bring_run(p.cov, p.cov_row, p.v_bufs.index(stage).slice(0, depth), p.v_ready.index(stage))
+        v_turn = p.rest_turns + turns
+        at = v_turn % v_stages
+        mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
+        _bring_run(p.cov, p.cov_row, p.v_bufs.index(at).slice(0, depth), p.v_ready.index(at))
 
 
 @gluon.jit
@@ -133,6 +140,8 @@ def _consumer(
     INIT: gl.constexpr,
 ):
     depth: gl.constexpr = q_buf.shape[1]
+    k_stages: gl.constexpr = p.k_bufs.shape[0]
+    v_stages: gl.constexpr = p.v_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
     boxes: gl.constexpr = width // BOX
     dtype: gl.constexpr = q_buf.dtype
@@ -178,76 +187,96 @@ def _consumer(
     nothing = gl.zeros([rows, width], gl.float32, logits)
     columns = gl.arange(0, width, gl.SliceLayout(0, logits))
 
+    k_turn = gl.to_tensor(0)
     for i in range(p.rest_turns):
-        stage = i % _STAGES
-        phase = (i // _STAGES) & 1
         number = i * width + columns
         known = number < p.columns
         kind = gl.load(p.code + number, mask=known, other=0)
         bias = gl.load(p.rest_bias + number, mask=known, other=float("-inf"))
         bias = gl.where(kind == -1, bias, float("-inf"))
-        mbarrier.wait(p.k_ready.index(stage), phase)
-        s = warpgroup_mma(q_buf, p.k_bufs.index(stage).permute((1, 0)), nothing, use_acc=False)
-        mbarrier.arrive(p.k_free.index(stage), count=1)
-        s = s * p.by + gl.expand_dims(bias, 0)
-        if WEIGHT != 0:
-            mbarrier.wait(p.var_ready, i & 1)
-            shift = warpgroup_mma(square_buf, p.var_buf.permute((1, 0)), nothing, use_acc=False)
-            mbarrier.arrive(p.var_free, count=1)
+        at = k_turn % k_stages
+        mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
+        keys = p.k_bufs.index(at).permute((1, 0))
+        if WEIGHT == 0:
+            s = warpgroup_mma(q_buf, keys, nothing, use_acc=False)
+            mbarrier.arrive(p.k_free.index(at), count=1)
+            s = s * p.by + gl.expand_dims(bias, 0)
+            weights, m, mass, fade = _soften(s, m, mass)
+        else:
+            s_next = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
+            k_turn += 1
+            var_at = k_turn % k_stages
+            mbarrier.wait(p.k_ready.index(var_at), (k_turn // k_stages) & 1)
+            spread = p.k_bufs.index(var_at).permute((1, 0))
+            shift_next = warpgroup_mma(square_buf, spread, nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s_next,))
+            mbarrier.arrive(p.k_free.index(at), count=1)
+            s = s * p.by + gl.expand_dims(bias, 0)
+            shift = warpgroup_mma_wait(0, deps=(shift_next,))
+            mbarrier.arrive(p.k_free.index(var_at), count=1)
             if WEIGHT == 1:
-                s += gl.log2(1.0 + shift)
+                # a factor, not a part of the exponent: a logarithm less for every weight
+                peak = gl.maximum(m, gl.max(s, 1))
+                safe = gl.where(peak == float("-inf"), 0.0, peak)
+                fade = gl.exp2(m - safe)
+                weights = gl.exp2(s - gl.expand_dims(safe, 1)) * (1.0 + shift)
+                m = peak
+                mass = mass * fade + gl.sum(weights, 1)
             else:
                 s += shift * 1.4426950408889634
-        weights, m, mass, fade = _soften(s, m, mass)
+                weights, m, mass, fade = _soften(s, m, mass)
+        k_turn += 1
         acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
-        mbarrier.wait(p.v_ready.index(stage), phase)
+        at = i % v_stages
+        mbarrier.wait(p.v_ready.index(at), (i // v_stages) & 1)
         a = gl.convert_layout(weights.to(dtype), operand)
-        acc = warpgroup_mma(a, p.v_bufs.index(stage), acc)
-        mbarrier.arrive(p.v_free.index(stage), count=1)
+        acc = warpgroup_mma(a, p.v_bufs.index(at), acc)
+        mbarrier.arrive(p.v_free.index(at), count=1)
     rest_m = m
     rest_mass = mass
 
     turns = (p.every + boxes - 1) // boxes
     if turns > 0:
-        stage = p.rest_turns % _STAGES
-        mbarrier.wait(p.k_ready.index(stage), (p.rest_turns // _STAGES) & 1)
-        s = warpgroup_mma(q_buf, p.k_bufs.index(stage).permute((1, 0)), nothing, use_acc=False)
-        mbarrier.arrive(p.k_free.index(stage), count=1)
+        at = k_turn % k_stages
+        mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
+        s = warpgroup_mma(q_buf, p.k_bufs.index(at).permute((1, 0)), nothing, use_acc=False)
+        mbarrier.arrive(p.k_free.index(at), count=1)
         s = _hide(s * p.by, p.entries, gl.to_tensor(0), columns, BOX)
         weights, m, mass, fade = _soften(s, m, mass)
         acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
         a = gl.convert_layout(weights.to(dtype), operand)
         for i in range(1, turns):
-            turn = p.rest_turns + i
-            stage = turn % _STAGES
-            before = (turn - 1) % _STAGES
-            mbarrier.wait(p.k_ready.index(stage), (turn // _STAGES) & 1)
-            s_next = warpgroup_mma(
-                q_buf, p.k_bufs.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
-            )
-            mbarrier.wait(p.v_ready.index(before), ((turn - 1) // _STAGES) & 1)
-            acc_next = warpgroup_mma(a, p.v_bufs.index(before), acc, is_async=True)
+            k_turn += 1
+            at = k_turn % k_stages
+            mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
+            keys = p.k_bufs.index(at).permute((1, 0))
+            s_next = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
+            v_turn = p.rest_turns + i - 1
+            v_at = v_turn % v_stages
+            mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
+            acc_next = warpgroup_mma(a, p.v_bufs.index(v_at), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
-            mbarrier.arrive(p.k_free.index(stage), count=1)
+            mbarrier.arrive(p.k_free.index(at), count=1)
             if i >= p.full // boxes:
                 s = _hide(s * p.by, p.entries, i, columns, BOX)
                 weights, m, mass, fade = _soften(s, m, mass)
             else:
                 weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
             acc, a = warpgroup_mma_wait(0, deps=(acc_next, a))
-            mbarrier.arrive(p.v_free.index(before), count=1)
+            mbarrier.arrive(p.v_free.index(v_at), count=1)
             acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
             a = gl.convert_layout(weights.to(dtype), operand)
-        last = p.rest_turns + turns - 1
-        mbarrier.wait(p.v_ready.index(last % _STAGES), (last // _STAGES) & 1)
-        acc = warpgroup_mma(a, p.v_bufs.index(last % _STAGES), acc)
-        mbarrier.arrive(p.v_free.index(last % _STAGES), count=1)
+        v_turn = p.rest_turns + turns - 1
+        v_at = v_turn % v_stages
+        mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
+        acc = warpgroup_mma(a, p.v_bufs.index(v_at), acc)
+        mbarrier.arrive(p.v_free.index(v_at), count=1)
     if FIRST_ORDER:
-        turn = p.rest_turns + turns
-        mbarrier.wait(p.v_ready.index(turn % _STAGES), (turn // _STAGES) & 1)
+        v_turn = p.rest_turns + turns
+        v_at = v_turn % v_stages
+        mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
         none = gl.zeros([rows, depth], gl.float32, result)
-        cov = p.v_bufs.index(turn % _STAGES).slice(0, depth)
-        first = warpgroup_mma(q_buf, cov, none, use_acc=False)
+        first = warpgroup_mma(q_buf, p.v_bufs.index(v_at).slice(0, depth), none, use_acc=False)
         fade = gl.where(rest_mass == 0.0, 0.0, rest_mass * gl.exp2(rest_m - m))
         acc += first * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
 
@@ -292,13 +321,10 @@ class _Parts:
     cov: tma.tensor_descriptor
     k_bufs: gl.shared_memory_descriptor
     v_bufs: gl.shared_memory_descriptor
-    var_buf: gl.shared_memory_descriptor
     k_ready: gl.shared_memory_descriptor
     k_free: gl.shared_memory_descriptor
     v_ready: gl.shared_memory_descriptor
     v_free: gl.shared_memory_descriptor
-    var_ready: gl.shared_memory_descriptor
-    var_free: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(self, *values):
@@ -374,28 +400,25 @@ def attend_kernel(
         dtype: gl.constexpr = keys.dtype
         shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         signal: gl.constexpr = mbarrier.MBarrierLayout()
+        # with a weight, the variances take turns with the keys
+        k_stages: gl.constexpr = 2 if WEIGHT == 0 else 3
         q_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], shared)
-        k_bufs = gl.allocate_shared_memory(dtype, [2, PER, D], shared)
+        k_bufs = gl.allocate_shared_memory(dtype, [k_stages, PER, D], shared)
         v_bufs = gl.allocate_shared_memory(dtype, [2, PER, D], shared)
-        k_ready = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
-        k_free = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
+        k_ready = gl.allocate_shared_memory(gl.int64, [k_stages, 1], signal)
+        k_free = gl.allocate_shared_memory(gl.int64, [k_stages, 1], signal)
         v_ready = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
         v_free = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
-        var_ready = gl.allocate_shared_memory(gl.int64, [1], signal)
-        var_free = gl.allocate_shared_memory(gl.int64, [1], signal)
         if WEIGHT != 0:
-            var_buf = gl.allocate_shared_memory(dtype, [PER, D], shared)
             square_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], shared)
         else:
-            var_buf = k_bufs.index(0)
             square_bufs = q_bufs
-        for stage in gl.static_range(2):
+        for stage in gl.static_range(k_stages):
             mbarrier.init(k_ready.index(stage), count=1)
-            mbarrier.init(v_ready.index(stage), count=1)
             mbarrier.init(k_free.index(stage), count=2)
+        for stage in gl.static_range(2):
+            mbarrier.init(v_ready.index(stage), count=1)
             mbarrier.init(v_free.index(stage), count=2)
-        mbarrier.init(var_ready, count=1)
-        mbarrier.init(var_free, count=2)
         parts = _Parts(
             q + b * q_b + h * q_h,
             q_perm + b * perm_b + h * perm_h + (span >> _BITS),
@@ -426,13 +449,10 @@ def attend_kernel(
             cov,
             k_bufs,
             v_bufs,
-            var_buf,
             k_ready,
             k_free,
             v_ready,
             v_free,
-            var_ready,
-            var_free,
         )
         first = (parts, 0, q_bufs.index(0), square_bufs.index(0), BOX, WEIGHT, FIRST_ORDER, INIT)
         second = (parts, 1, q_bufs.index(1), square_bufs.index(1), BOX, WEIGHT, FIRST_ORDER, INIT)
@@ -490,10 +510,10 @@ def attend(problem: Problem, rest: RestTerms | None, box: int, *, init: bool = F
         0 if rest is None else -(-columns // _TURN),
         problem.scale,
         *q.stride()[:3],
-        *lead(problem.queries.perm),
-        *lead(problem.q_tiles.span),
-        *lead(problem.code),
-        *lead(terms["bias"]),
+        *lead_strides(problem.queries.perm),
+        *lead_strides(problem.q_tiles.span),
+        *lead_strides(problem.code),
+        *lead_strides(terms["bias"]),
         *out.stride()[:3],
         BOX=box,
         PER=_TURN,

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
     BLOCK_BIT,
     LENGTH_BITS,
@@ -24,6 +25,7 @@ from dit_accel.kernels.packed import (
     Compact,
     Tiles,
     compact,
+    remembered,
     tiles,
 )
 from dit_accel.kernels.specimen import Specimen
@@ -42,30 +44,38 @@ _SHAPE = tl.constexpr((1 << START_BIT) - 1)
 
 @triton.jit(do_not_specialize=["heads", "length", "perm_b", "perm_h"])
 def gather_kernel(
-    x,
+    k,
+    v,
     perm,
-    out,
+    k_out,
+    v_out,
     heads,
     length,
-    x_b,
-    x_h,
-    x_l,
+    k_b,
+    k_h,
+    k_l,
+    v_b,
+    v_h,
+    v_l,
     perm_b,
     perm_h,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rows of every head in an order; zero where the order has -1."""
+    """Keys and values of every head in an order; zero where the order has -1."""
     head = tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < length
     token = tl.load(perm + b * perm_b + h * perm_h + place, mask=inside, other=-1)
-    depth = tl.arange(0, D)
-    where = x + b * x_b + h * x_h + token.to(tl.int64)[:, None] * x_l + depth[None, :]
-    rows = tl.load(where, mask=(token >= 0)[:, None], other=0.0)
-    target = out + (head.to(tl.int64) * length + place)[:, None] * D + depth[None, :]
-    tl.store(target, rows, mask=inside[:, None])
+    known = (token >= 0)[:, None]
+    depth = tl.arange(0, D)[None, :]
+    row = token.to(tl.int64)[:, None]
+    keys = tl.load(k + b * k_b + h * k_h + row * k_l + depth, mask=known, other=0.0)
+    values = tl.load(v + b * v_b + h * v_h + row * v_l + depth, mask=known, other=0.0)
+    target = (head.to(tl.int64) * length + place)[:, None] * D + depth
+    tl.store(k_out + target, keys, mask=inside[:, None])
+    tl.store(v_out + target, values, mask=inside[:, None])
 
 
 @triton.jit(
@@ -281,32 +291,35 @@ def attend_kernel(
     tl.store(lse + head.to(tl.int64) * length + token, norm, mask=inside)
 
 
-def gathered(x: Tensor, order: Compact) -> Tensor:
-    """``[B, H, L, D]``, contiguous, rows in the order; zero where it has -1."""
-    batch, heads, length, depth = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    out = torch.empty(batch, heads, length, depth, dtype=x.dtype, device=x.device)
+def gathered(k: Tensor, v: Tensor, order: Compact) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, H, L, D]``, contiguous, in the order; zero where it has -1."""
+    batch, heads, length, depth = k.shape
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    made = [torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)]
     block = 64
     gather_kernel[(triton.cdiv(length, block), batch * heads)](
-        x,
+        k,
+        v,
         order.perm,
-        out,
+        *made,
         heads,
         length,
-        *x.stride()[:3],
-        *lead(order.perm),
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *lead_strides(order.perm),
         D=depth,
         BLOCK=block,
     )
-    return out
+    return made[0], made[1]
 
 
-def lead(tensor: Tensor) -> tuple[int, int]:
-    """Strides of the two leading dimensions, 0 where they are 1."""
-    return tuple(
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape[:2], tensor.stride()[:2], strict=True)
-    )  # type: ignore[return-value]
+def _tiles(order: Compact, length: int, size: int, longest: int | None) -> Tiles:
+    return remembered(
+        order.perm,
+        order.offsets,
+        (size, longest),
+        lambda: tiles(order.offsets, length, size, longest),
+    )
 
 
 class Problem(NamedTuple):
@@ -343,19 +356,20 @@ def block_attention(
     key_valid: Tensor | None,
     scale: float,
     rest: RestTerms | None,
+    q_longest: int | None = None,
+    k_longest: int | None = None,
     setting: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    chosen = {**_setting(q), **(setting or {})}
+    chosen = {**_setting(q, k_longest), **(setting or {})}
     bm, bn, on_hopper = chosen.pop("BM"), chosen.pop("BN"), chosen.pop("hopper")
     queries, keys = compact(q_perm, q_offsets, None), compact(k_perm, k_offsets, key_valid)
-    length = q.shape[2]
-    q_tiles, k_tiles = tiles(queries.offsets, length, bm), tiles(keys.offsets, length, bn)
+    q_tiles = _tiles(queries, q.shape[2], bm, q_longest)
+    k_tiles = _tiles(keys, k.shape[2], bn, k_longest)
     code = code.contiguous()
     listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
-        gathered(k, keys),
-        gathered(v, keys),
+        *gathered(k, v, keys),
         queries,
         q_tiles,
         listed,
@@ -392,8 +406,8 @@ def packed(
         rows,
         columns,
         num_tiles,
-        *lead(code),
-        *lead(k_tiles.span),
+        *lead_strides(code),
+        *lead_strides(k_tiles.span),
         SIZE=size,
         CHUNK=1024,
         AHEAD=_AHEAD,
@@ -433,10 +447,10 @@ def _attend(
         problem.grid[0],
         problem.scale,
         *q.stride()[:3],
-        *lead(problem.queries.perm),
-        *lead(problem.q_tiles.span),
-        *lead(problem.code),
-        *lead(terms["bias"]),
+        *lead_strides(problem.queries.perm),
+        *lead_strides(problem.q_tiles.span),
+        *lead_strides(problem.code),
+        *lead_strides(terms["bias"]),
         *problem.out.stride()[:3],
         D=depth,
         BM=bm,
@@ -449,15 +463,20 @@ def _attend(
     )
 
 
-def _setting(q: Tensor) -> dict[str, Any]:
-    """How the kernels are launched: tiles, warps, stages; whether Hopper's own takes the tiles."""
+def _setting(q: Tensor, k_longest: int | None) -> dict[str, Any]:
+    """How the kernels are launched: tiles, warps, stages; whether Hopper's own takes the tiles.
+
+    Keys are cut into tiles of 64 where blocks are as long, and into tiles of 16, of which Hopper's
+    kernel puts several together, where blocks may have any length.
+    """
     wide = q.dtype.itemsize > 2
+    hopper = not wide and q.shape[-1] in HEAD_SIZES and is_hopper(q.device)
     return {
         "BM": 64 if wide else 128,
-        "BN": 32 if wide else 64,
+        "BN": 32 if wide else 16 if hopper and k_longest is None else 64,
         "STAGES": 2,
         "num_warps": 4 if wide else 8,
-        "hopper": not wide and q.shape[-1] in HEAD_SIZES and is_hopper(q.device),
+        "hopper": hopper,
     }
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.gather import gather_rows, specimen
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
 
@@ -28,43 +29,7 @@ KEPT_BYTES = 2**30
 """What the sums by query and cell may take."""
 
 
-@triton.jit(do_not_specialize=["heads", "first_head", "slots", "at_once"])
-def _gather(
-    x_ptr,
-    token_ptr,
-    out_ptr,
-    x_b,
-    x_h,
-    x_l,
-    token_b,
-    token_h,
-    slots,
-    heads,
-    at_once,
-    first_head,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-):
-    pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // at_once, first_head + pair % at_once
-    if h >= heads:
-        return
-    slot = tl.program_id(0) * BN + tl.arange(0, BN)
-    depth = tl.arange(0, D)
-    inside = slot < slots
-    token = tl.load(token_ptr + b * token_b + h * token_h + slot, mask=inside, other=-1)
-    row = tl.load(
-        x_ptr + b * x_b + h * x_h + token.to(tl.int64)[:, None] * x_l + depth[None, :],
-        mask=(token >= 0)[:, None],
-        other=0.0,
-    )
-    where = (pair * slots + slot)[:, None] * D + depth[None, :]
-    tl.store(out_ptr + where, row, mask=inside[:, None])
-
-
-@triton.jit(
-    do_not_specialize=["heads", "first_head", "slots", "at_once", "samples", "rows", "columns"]
-)
+@triton.jit(do_not_specialize=["heads", "first_pair", "slots", "samples", "rows", "columns"])
 def _sums(
     q_ptr,
     key_ptr,
@@ -91,17 +56,14 @@ def _sums(
     rows,
     columns,
     heads,
-    at_once,
-    first_head,
+    first_pair,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     W: tl.constexpr,
 ):
     pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // at_once, first_head + pair % at_once
-    if h >= heads:
-        return
+    b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
     count = tl.load(q_bound_ptr + b * q_bound_b + h * q_bound_h + rows)
     sample = tl.program_id(0) * BM + tl.arange(0, BM)
     if tl.program_id(0) * BM >= count:
@@ -148,9 +110,7 @@ def _sums(
     tl.store(lse_ptr + pair * samples + sample, tl.log2(total) + peak, mask=there)
 
 
-@triton.jit(
-    do_not_specialize=["heads", "first_head", "at_once", "samples", "width", "rows", "columns"]
-)
+@triton.jit(do_not_specialize=["heads", "first_pair", "samples", "width", "rows", "columns"])
 def _by_block(
     sum_ptr,
     lse_ptr,
@@ -166,15 +126,12 @@ def _by_block(
     rows,
     columns,
     heads,
-    at_once,
-    first_head,
+    first_pair,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
     pair = tl.program_id(2).to(tl.int64)
-    b, h = pair // at_once, first_head + pair % at_once
-    if h >= heads:
-        return
+    b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
     i = tl.program_id(1)
     column = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = column < columns
@@ -250,27 +207,17 @@ def block_importance(
     q_tokens, q_bounds = q_tokens.contiguous(), q_bounds.to(torch.int32).contiguous()
     slots = tokens.shape[-1]
     width = slots // CELL
-    at_once = min(heads, max(1, KEPT_BYTES // (batch * samples * width * 4)))
-    keys = torch.empty(batch, at_once, slots, depth, dtype=k.dtype, device=k.device)
-    sums = torch.empty(batch, at_once, samples, width, dtype=torch.float32, device=k.device)
-    lse = torch.empty(batch, at_once, samples, dtype=torch.float32, device=k.device)
+    pairs = batch * heads
+    at_once = min(pairs, max(1, KEPT_BYTES // (samples * width * 4)))
+    keys = torch.empty(at_once, slots, depth, dtype=k.dtype, device=k.device)
+    sums = torch.empty(at_once, samples, width, dtype=torch.float32, device=k.device)
+    lse = torch.empty(at_once, samples, dtype=torch.float32, device=k.device)
     half = q.dtype != torch.float32
     block_m, block_n = (128, 128) if half else (64, 64)
-    for first in range(0, heads, at_once):
-        some = (heads, at_once, first)
-        _gather[(triton.cdiv(slots, 64), batch * at_once)](
-            k,
-            tokens,
-            keys,
-            *k.stride()[:3],
-            *lead_strides(tokens),
-            slots,
-            *some,
-            D=depth,
-            BN=64,
-            num_warps=4,
-        )
-        _sums[(triton.cdiv(samples, block_m), batch * at_once)](
+    for first in range(0, pairs, at_once):
+        some = min(at_once, pairs - first)
+        gather_rows(k, tokens, keys, first, some)
+        _sums[(triton.cdiv(samples, block_m), some)](
             q,
             keys,
             q_tokens,
@@ -289,7 +236,8 @@ def block_importance(
             samples,
             rows,
             columns,
-            *some,
+            heads,
+            first,
             D=depth,
             BM=block_m,
             BN=block_n,
@@ -297,7 +245,7 @@ def block_importance(
             num_warps=8 if half else 4,
             num_stages=3,
         )
-        _by_block[(triton.cdiv(columns, 128), rows, batch * at_once)](
+        _by_block[(triton.cdiv(columns, 128), rows, some)](
             sums,
             lse,
             q_bounds,
@@ -309,7 +257,8 @@ def block_importance(
             width,
             rows,
             columns,
-            *some,
+            heads,
+            first,
             BR=8,
             BC=128,
             num_warps=4,
@@ -319,38 +268,38 @@ def block_importance(
 
 def _specimens(depth: int, dtype: str) -> list[Specimen]:
     types = {
-        "x_ptr": f"*{dtype}",
         "q_ptr": f"*{dtype}",
         "key_ptr": f"*{dtype}",
-        "token_ptr": "*i32",
         "key_token_ptr": "*i32",
         "q_token_ptr": "*i64",
         "q_bound_ptr": "*i32",
         "cell_ptr": "*i32",
         "sum_ptr": "*fp32",
         "lse_ptr": "*fp32",
+        "out_ptr": "*fp32",
         "scale": "fp32",
     }
-    plain: list[tuple[Any, dict[str, int], dict[str, int], str]] = [
-        (_gather, {"D": depth, "BN": 64}, {"num_warps": 4}, dtype),
+    plain: list[tuple[Any, dict[str, int], dict[str, int]]] = [
         (
             _sums,
             {"D": depth, "BM": 128, "BN": 128, "W": CELL},
             {"num_warps": 8, "num_stages": 3},
-            "fp32",
         ),
-        (_by_block, {"BR": 8, "BC": 128}, {"num_warps": 4}, "fp32"),
+        (_by_block, {"BR": 8, "BC": 128}, {"num_warps": 4}),
     ]
     return [
-        Specimen(
-            f"{kernel.__name__} {dtype} D={depth}",
-            kernel,
-            typed(kernel, constants, **types, out_ptr=f"*{out}"),
-            constants,
-            options,
-            aligned=("x_b", "x_h", "x_l", "q_b", "q_h", "q_l"),
-        )
-        for kernel, constants, options, out in plain
+        specimen(depth, dtype),
+        *(
+            Specimen(
+                f"{kernel.__name__} {dtype} D={depth}",
+                kernel,
+                typed(kernel, constants, **types),
+                constants,
+                options,
+                aligned=("q_b", "q_h", "q_l"),
+            )
+            for kernel, constants, options in plain
+        ),
     ]
 
 

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_summary.api import BlockSummary
-from dit_accel.kernels.packed import compact, lead
+from dit_accel.kernels.order import lead_strides
+from dit_accel.kernels.packed import compact
 from dit_accel.kernels.specimen import Specimen
 
 _TILE = 64
@@ -179,8 +180,8 @@ def _run(
         num_video,
         *k.stride()[:3],
         *v.stride()[:3],
-        *lead(order.perm),
-        *lead(order.offsets),
+        *lead_strides(order.perm),
+        *lead_strides(order.offsets),
         D=depth,
         TILE=_TILE,
         RUN=run,

@@ -7,8 +7,8 @@ operations for a block of ``n`` keys. On a card of 4 TB/s and 500 TFLOP/s that i
 attention itself at 125 keys a block and a sixth of it at 750. So blocks that are small are taken
 by the group, two, four or eight at once. The tokens of a group are sorted by which of its blocks
 they chose, in the order of a Gray code; then nearly all tiles hold tokens of one choice, a tile
-goes through the blocks of that, and leaves one partial for the whole group. Where two choices meet in a
-tile, it goes through the blocks of both, and each token counts its own.
+goes through the blocks of that, and leaves one partial for the whole group. Where two choices meet
+in a tile, it goes through the blocks of both, and each token counts its own.
 
 Some heads and groups at a time, so that what is kept in between is bounded whatever is selected.
 The host reads nothing: lists have room for every token, and tiles that find none end at once.
@@ -22,8 +22,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit_accel.kernels.order import lead_strides, valid_order
+from dit_accel.kernels.gather import gather_rows
+from dit_accel.kernels.order import lead_strides
+from dit_accel.kernels.packed import compact
 from dit_accel.kernels.specimen import Specimen, typed
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -38,42 +41,6 @@ _COLUMNS = 32
 def group_size(length: int, blocks: int) -> int:
     """How many blocks are taken at once: 1 for blocks of 512 tokens or more, at most 8."""
     return next((n for n in (1, 2, 4) if n * length >= 512 * blocks), 8)
-
-
-@triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "first_pair", "first_group"])
-def _gather(
-    x_ptr,
-    token_ptr,
-    bound_ptr,
-    out_ptr,
-    x_b,
-    x_h,
-    x_l,
-    token_b,
-    token_h,
-    bound_b,
-    bound_h,
-    blocks,
-    heads,
-    length,
-    first_pair,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-):
-    pair = tl.program_id(1).to(tl.int64)
-    b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
-    place = tl.program_id(0) * BN + tl.arange(0, BN)
-    depth = tl.arange(0, D)
-    # what lies behind the last block is padding, and may hold anything
-    keep = place < tl.load(bound_ptr + b * bound_b + h * bound_h + blocks)
-    token = tl.load(token_ptr + b * token_b + h * token_h + place, mask=keep, other=0)
-    row = tl.load(
-        x_ptr + b * x_b + h * x_h + token[:, None] * x_l + depth[None, :],
-        mask=keep[:, None],
-        other=0.0,
-    )
-    where = (pair * length + place)[:, None] * D + depth[None, :]
-    tl.store(out_ptr + where, row, mask=keep[:, None])
 
 
 @triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "first_pair", "first_group"])
@@ -148,21 +115,14 @@ def _place(choice_ptr, count_ptr, end_ptr, list_ptr, place_ptr, length, BINS: tl
 
 
 @triton.jit
-def _step(query, acc, peak, total, chosen, key_ptr, value_ptr, first, stop, scale,
-          D: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+def _step(query, acc, peak, total, chosen, keys, values, base, first, stop, scale,
+          BN: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """The online softmax over ``BN`` keys; tokens that did not choose them stay as they are."""
-    place = first + tl.arange(0, BN)
-    depth = tl.arange(0, D)
-    where_key = place[None, :] * D + depth[:, None]
-    where_value = place[:, None] * D + depth[None, :]
+    key = keys.load([base + first, 0])
+    value = values.load([base + first, 0])
+    logit = tl.dot(query, key.T, input_precision="ieee")
     if RAGGED:
-        key = tl.load(key_ptr + where_key, mask=(place < stop)[None, :], other=0.0)
-        value = tl.load(value_ptr + where_value, mask=(place < stop)[:, None], other=0.0)
-    else:
-        key = tl.load(key_ptr + where_key)
-        value = tl.load(value_ptr + where_value)
-    logit = tl.dot(query, key, input_precision="ieee")
-    if RAGGED:
+        place = first + tl.arange(0, BN)
         logit = tl.where((place < stop)[None, :], logit, float("-inf"))
     new = tl.where(chosen, tl.maximum(peak, tl.max(logit, 1) * scale), peak)
     fade = tl.where(new == float("-inf"), 1.0, tl.exp2(peak - new))
@@ -177,8 +137,8 @@ def _step(query, acc, peak, total, chosen, key_ptr, value_ptr, first, stop, scal
 @triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "first_pair", "first_group"])
 def _attend(
     q_ptr,
-    key_ptr,
-    value_ptr,
+    keys,
+    values,
     bound_ptr,
     choice_ptr,
     list_ptr,
@@ -218,8 +178,7 @@ def _attend(
     query = tl.load(
         q_ptr + token.to(tl.int64)[:, None] * q_l + depth[None, :], mask=there[:, None], other=0.0
     )
-    key_ptr += pair * length * D
-    value_ptr += pair * length * D
+    base = (pair * length).to(tl.int32)
     bound_ptr += b * bound_b + h * bound_h
     scale = scale * LOG2E
     acc = tl.zeros([BM, D], tl.float32)
@@ -235,13 +194,11 @@ def _attend(
         whole = start + (stop - start) // BN * BN
         for first in range(start, whole, BN):
             acc, peak, total = _step(
-                query, acc, peak, total, chosen, key_ptr, value_ptr, first, stop, scale, D, BN,
-                False,
+                query, acc, peak, total, chosen, keys, values, base, first, stop, scale, BN, False,
             )  # fmt: skip
         if whole < stop:
             acc, peak, total = _step(
-                query, acc, peak, total, chosen, key_ptr, value_ptr, whole, stop, scale, D, BN,
-                True,
+                query, acc, peak, total, chosen, keys, values, base, whole, stop, scale, BN, True,
             )  # fmt: skip
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     where = unit * length + place
@@ -333,8 +290,7 @@ def token_attention(
         return out, lse
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     select = select if select.stride(3) == 1 else select.contiguous()
-    tokens, bounds = valid_order(k_perm, k_offsets, key_valid)
-    tokens, bounds = tokens.contiguous(), bounds.contiguous()
+    tokens, bounds = compact(k_perm, k_offsets, key_valid)
 
     size = group_size(length, blocks)
     bins, tiles = 2**size, triton.cdiv(length, _TILE)
@@ -347,6 +303,11 @@ def token_attention(
         return torch.empty(*shape, dtype=dtype, device=device)
 
     keys, values = (room(pairs, length, depth, dtype=x.dtype) for x in (k, v))
+    half = q.dtype != torch.float32
+    block_m, block_n = (128, 64) if half else (64, 32)
+    described = [
+        TensorDescriptor.from_tensor(x.view(-1, depth), [block_n, depth]) for x in (keys, values)
+    ]
     part = room(pairs * groups, length, depth, dtype=q.dtype)
     part_lse = room(pairs * groups, length, dtype=torch.float32)
     choice = room(pairs * groups, length, dtype=torch.uint8)
@@ -358,28 +319,11 @@ def token_attention(
             room(pairs, length, dtype=torch.float32),
             room(pairs, length, dtype=torch.float32),
         )
-    half = q.dtype != torch.float32
-    block_m = 128 if half else 64
 
     for first_pair in range(0, batch * heads, pairs):
         some = min(pairs, batch * heads - first_pair)
         for x, buffer in ((k, keys), (v, values)):
-            _gather[(triton.cdiv(length, 64), some)](
-                x,
-                tokens,
-                bounds,
-                buffer,
-                *x.stride()[:3],
-                *lead_strides(tokens),
-                *lead_strides(bounds),
-                blocks,
-                heads,
-                length,
-                first_pair,
-                D=depth,
-                BN=64,
-                num_warps=4,
-            )
+            gather_rows(x, tokens, buffer, first_pair, some)
         for first_group in range(0, every, groups):
             these = min(groups, every - first_group)
             where = (heads, length, these, blocks, first_pair, first_group)
@@ -403,8 +347,7 @@ def token_attention(
             )
             _attend[(triton.cdiv(length, block_m), some * these)](
                 q,
-                keys,
-                values,
+                *described,
                 bounds,
                 choice,
                 listed,
@@ -419,9 +362,10 @@ def token_attention(
                 D=depth,
                 G=size,
                 BM=block_m,
-                BN=64 if half else 32,
+                BN=block_n,
                 num_warps=8 if half else 4,
-                num_stages=3 if half else 2,
+                num_stages=2,
+                maxnreg=128 if half else None,
             )
             _merge[(triton.cdiv(length, 32), some)](
                 part,
@@ -447,17 +391,16 @@ def token_attention(
 def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
     data, word, real = f"*{dtype}", "*i32", "*fp32"
     types = {
-        **dict.fromkeys(("x_ptr", "q_ptr", "key_ptr", "value_ptr", "out_ptr", "part_ptr"), data),
+        **dict.fromkeys(("q_ptr", "out_ptr", "part_ptr"), data),
+        **dict.fromkeys(("keys", "values"), f"tensordesc<{dtype}[64, {depth}]>"),
         **dict.fromkeys(("bound_ptr", "count_ptr", "end_ptr", "list_ptr", "place_ptr"), word),
         **dict.fromkeys(("lse_ptr", "part_lse_ptr", "acc_ptr", "peak_ptr", "total_ptr"), real),
-        "token_ptr": "*i64",
         "select_ptr": "*i1",
         "choice_ptr": "*u8",
         "scale": "fp32",
     }
     bins = {"BINS": 2**size, "BT": _TILE}
     launches: list[tuple[Any, dict[str, Any], int]] = [
-        (_gather, {"D": depth, "BN": 64}, 4),
         (_choices, {"G": size, "BT": _TILE, "BG": _COLUMNS // size}, 4),
         (_count, bins, 4),
         (_place, bins, 4),
@@ -465,14 +408,15 @@ def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
         (_merge, {"D": depth, "BT": 32, "FIRST": True, "LAST": True}, 4),
         (_merge, {"D": depth, "BT": 32, "FIRST": False, "LAST": False}, 4),
     ]
+    attend = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
     return [
         Specimen(
             f"{kernel.__name__} {dtype} D={depth} G={size}",
             kernel,
             typed(kernel, constants, **types),
             constants,
-            {"num_warps": warps, "num_stages": 3},
-            aligned=("x_b", "x_h", "x_l", "q_b", "q_h", "q_l"),
+            attend if kernel is _attend else {"num_warps": warps, "num_stages": 3},
+            aligned=("q_b", "q_h", "q_l"),
         )
         for kernel, constants, warps in launches
     ]
