@@ -140,14 +140,11 @@ class Plan:
         code: int8 ``[B|1, H|1, Nq, Nk]``; ``EXACT`` (1), ``DROP`` (0), ``REST`` (-1), or a pooling
             level 2, 4, 8. Rows and columns of text blocks are ``EXACT``.
         levels: which pooling levels ``code`` may hold.
-    """
-
-    code: Tensor
-    levels: tuple[int, ...] = ()
         whole: every pair is exact, so that dense attention computes the same without any block.
     """
 
     code: Tensor
+    levels: tuple[int, ...] = ()
     whole: bool = False
 
 
