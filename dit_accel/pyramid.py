@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_importance import block_importance
-from dit_accel.kernels.packed import compact
+from dit_accel.kernels.order import valid_order
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.rest import Drop
 from dit_accel.types import DROP, EXACT, Context, Plan
@@ -100,9 +100,8 @@ class Pyramid:
         if not (rows and columns and self.ratios[0] < 1):
             return Plan(code, LEVELS[1:])
         keys, queries = blocked.keys, blocked.queries
-        order = compact(keys.perm, keys.offsets, blocked.geometry.key_valid)
-        # any token will do for what is no sample
-        tokens, bounds = order.perm.long().clamp_(min=0), order.offsets[..., : columns + 1]
+        tokens, bounds = valid_order(keys.perm, keys.offsets, blocked.geometry.key_valid)
+        bounds = bounds[..., : columns + 1]
         q_tokens, q_bounds = self._sampled(queries.perm, queries.offsets[..., : rows + 1])
         k_tokens, k_bounds = self._sampled(tokens, bounds)
         importance = block_importance(
