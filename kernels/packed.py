@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dit_accel.kernels.order import valid_order
-
 LENGTH_BITS = 8
 """A tile is one number: how long it is in the lowest bits, ..."""
 START_BIT = LENGTH_BITS + 3
@@ -53,20 +51,25 @@ class Compact(NamedTuple):
 
 
 def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
-    """Take padding out of an order; arguments as in `order.valid_order`."""
+    """Take padding out of an order.
+
+    Args:
+        perm: int64 ``[B|1, H|1, L]``.
+        offsets: integer ``[B|1, H|1, N + 1]``.
+        valid: bool ``[B, L]`` by token, or ``None`` when every token is.
+    """
     if valid is None:
-        return remembered(
-            perm,
-            offsets,
-            "compact",
-            lambda: Compact(
-                perm.to(torch.int32).contiguous(), offsets.to(torch.int32).contiguous()
-            ),
-        )
-    tokens, bounds = valid_order(perm, offsets, valid)
-    place = torch.arange(tokens.shape[-1], device=tokens.device)
-    tokens = torch.where(place < valid.sum(-1)[:, None, None], tokens.to(torch.int32), -1)
-    return Compact(tokens.contiguous(), bounds.contiguous())
+        return remembered(perm, offsets, "compact", lambda: _plain(perm, offsets))
+    batch, heads = valid.shape[0], max(perm.shape[1], offsets.shape[1])
+    perm = perm.expand(batch, heads, -1)
+    bounds = offsets.long().expand(batch, heads, -1)
+    keep = valid[:, None].expand(-1, heads, -1).gather(2, perm)
+    before = torch.nn.functional.pad(keep.cumsum(-1), (1, 0))
+    # one place more than tokens: padding is written there
+    place = torch.where(keep, before[..., :-1], keep.shape[-1])
+    made = perm.new_full((batch, heads, keep.shape[-1] + 1), -1).scatter_(2, place, perm)
+    packed = made[..., :-1].to(torch.int32).contiguous()
+    return Compact(packed, before.gather(2, bounds).to(torch.int32).contiguous())
 
 
 def _plain(perm: Tensor, offsets: Tensor) -> Compact:

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.gather import gather_rows
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
     BLOCK_BIT,
@@ -40,42 +41,6 @@ _BLOCK = tl.constexpr(BLOCK_BIT)
 _LEVEL = tl.constexpr((1 << BLOCK_BIT) - 1)
 _MASK = tl.constexpr((1 << LENGTH_BITS) - 1)
 _SHAPE = tl.constexpr((1 << START_BIT) - 1)
-
-
-@triton.jit(do_not_specialize=["heads", "length", "perm_b", "perm_h"])
-def gather_kernel(
-    k,
-    v,
-    perm,
-    k_out,
-    v_out,
-    heads,
-    length,
-    k_b,
-    k_h,
-    k_l,
-    v_b,
-    v_h,
-    v_l,
-    perm_b,
-    perm_h,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Keys and values of every head in an order; zero where the order has -1."""
-    head = tl.program_id(1)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < length
-    token = tl.load(perm + b * perm_b + h * perm_h + place, mask=inside, other=-1)
-    known = (token >= 0)[:, None]
-    depth = tl.arange(0, D)[None, :]
-    row = token.to(tl.int64)[:, None]
-    keys = tl.load(k + b * k_b + h * k_h + row * k_l + depth, mask=known, other=0.0)
-    values = tl.load(v + b * v_b + h * v_h + row * v_l + depth, mask=known, other=0.0)
-    target = (head.to(tl.int64) * length + place)[:, None] * D + depth
-    tl.store(k_out + target, keys, mask=inside[:, None])
-    tl.store(v_out + target, values, mask=inside[:, None])
 
 
 @triton.jit(
@@ -291,26 +256,12 @@ def attend_kernel(
     tl.store(lse + head.to(tl.int64) * length + token, norm, mask=inside)
 
 
-def gathered(k: Tensor, v: Tensor, order: Compact) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, H, L, D]``, contiguous, in the order; zero where it has -1."""
-    batch, heads, length, depth = k.shape
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    made = [torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)]
-    block = 64
-    gather_kernel[(triton.cdiv(length, block), batch * heads)](
-        k,
-        v,
-        order.perm,
-        *made,
-        heads,
-        length,
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *lead_strides(order.perm),
-        D=depth,
-        BLOCK=block,
-    )
-    return made[0], made[1]
+def gathered(x: Tensor, order: Compact) -> Tensor:
+    """``[B, H, L, D]``, contiguous, in the order; zero where it has -1."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gather_rows(x, order.perm, out, 0, x.shape[0] * x.shape[1])
+    return out
 
 
 def _tiles(order: Compact, length: int, size: int, longest: int | None) -> Tiles:
@@ -369,7 +320,8 @@ def block_attention(
     listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
-        *gathered(k, v, keys),
+        gathered(k, keys),
+        gathered(v, keys),
         queries,
         q_tiles,
         listed,
