@@ -127,16 +127,51 @@ def of_prefix(q: Tensor, ctx: Context, scale: float | None = None) -> Partial:
         InputError: the prefix does not fit the queries.
     """
     assert ctx.prefix is not None
-    keys, values = ctx.prefix.load()
+    return Partial(*partial_attention(q, *_load(q, ctx.prefix), scale=scale))
+
+
+def with_prefix(
+    q: Tensor, k: Tensor, v: Tensor, ctx: Context
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values of the sequence, the prefix and the zeros after it, and which are valid.
+
+    Args:
+        q, k, v: ``[B, H, L, D]``.
+        ctx: it has the prefix.
+
+    Returns:
+        Keys and values ``[B, H, L + length + zeros, D]``, and bool ``[B, L + length + zeros]``, or
+        ``None`` without padding.
+
+    Raises:
+        InputError: the prefix does not fit the queries.
+    """
+    prefix, valid = ctx.prefix, ctx.geometry.key_valid
+    assert prefix is not None
+    keys, values = [k], [v]
+    if prefix.length:
+        for parts, one in zip((keys, values), _load(q, prefix), strict=True):
+            parts.append(one)
+    for parts in (keys, values):
+        parts.append(q.new_zeros(*q.shape[:2], prefix.zeros, q.shape[3]))
+    if valid is not None:
+        others = valid.new_ones(valid.shape[0], prefix.length + prefix.zeros)
+        valid = torch.cat([valid, others], 1)
+    return torch.cat(keys, 2), torch.cat(values, 2), valid
+
+
+def _load(q: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor]:
+    """Keys and values of a prefix, which has some, checked."""
+    keys, values = prefix.load()
     batch, heads, _, depth = q.shape
-    expected = (batch, heads, ctx.prefix.length, depth)
+    expected = (batch, heads, prefix.length, depth)
     for name, x in (("keys", keys), ("values", values)):
         if tuple(x.shape) != expected or x.dtype != q.dtype or x.device != q.device:
             raise InputError(
                 f"prefix: {name}: expected {list(expected)} of {q.dtype} on {q.device} as q, got "
                 f"{list(x.shape)} of {x.dtype} on {x.device}"
             )
-    return Partial(*partial_attention(q, keys, values, scale=scale))
+    return keys, values
 
 
 def dense_pairs(q: Tensor, key_valid: Tensor | None, prefix: Prefix | None = None) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.attend import direct, of_prefix
+from dit_accel.density import Budget, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_attention import RestTerms
 from dit_accel.layout import Blocked, Layout, Raster, Statistic, default_scale
@@ -36,11 +37,12 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """The layout and the plan whose complement was kept."""
+    """The layout and the plan whose complement was kept, and the share that was asked for."""
 
     queries: Blocks
     keys: Blocks
     plan: Plan | TokenPlan
+    asked: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -80,11 +82,18 @@ class Cycle:
         layers: that keep their outside, negative ones counted from the last; ``None`` is all.
         budget: bytes that all kept partials, and the plans that they belong to, may take together;
             ``None`` is no limit.
+        route: whose plans are kept; where another share is asked of it, a refresh comes early.
     """
 
     refresh: int
     layers: tuple[int, ...] | None = None
     budget: int | None = None
+    route: Route | None = None
+
+    def asked(self, ctx: Context) -> float | None:
+        """The share that is asked of the route here."""
+        given: tuple[str, Budget] | None = getattr(self.route, "budget", None)
+        return None if given is None else share_at(*given, ctx)
 
     def applies(self, ctx: Context) -> bool:
         """Whether this layer keeps its outside."""
@@ -105,6 +114,8 @@ class Cycle:
             )
         known: Kept | None = ctx.memory.get(_SLOT)
         if known is None or known.partial.out.shape != q.shape or known.source != _source(ctx):
+            return None
+        if known.frozen is not None and known.frozen.asked != self.asked(ctx):
             return None
         return known if 0 <= ctx.step - known.step < self.refresh else None
 
@@ -186,6 +197,11 @@ class FrozenRoute:
     def needs(self) -> tuple[Statistic, ...]:
         return self.inner.needs
 
+    @property
+    def budget(self) -> tuple[str, Budget] | None:
+        """Of the inner route, if it has one."""
+        return getattr(self.inner, "budget", None)
+
     def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan | TokenPlan:
         known = self.cycle.frozen(ctx, blocked.q)
         if known is not None:
@@ -247,7 +263,7 @@ class KeptRest:
             return None
         known = self.cycle.kept(ctx, blocked.q)
         if known is None:
-            frozen = Frozen(blocked.queries, blocked.keys, plan)
+            frozen = Frozen(blocked.queries, blocked.keys, plan, self.cycle.asked(ctx))
             self.cycle.check_budget(ctx, blocked.q, frozen)
             known = Kept(ctx.step, None, direct(blocked, complement(plan), ctx), frozen)
             ctx.memory[_SLOT] = known
@@ -296,17 +312,24 @@ def around(inner: Method, cycle: Cycle) -> Method:
     """A method with its outside kept.
 
     Raises:
-        InputError: the inner method keeps its outside already.
+        InputError: the inner method keeps its outside already, or is dense with a backend.
     """
     if isinstance(inner.rest, KeptRest):
         raise InputError(
             "flashblock: inner: expected a method that keeps nothing, got flashblock itself"
         )
     if inner.layout is None or inner.route is None or inner.rest is None:
+        if inner.backend is not None:
+            raise InputError(
+                "flashblock: inner: expected dense attention without a backend, got "
+                f"backend={inner.backend!r}: the chunk and its context are partials, for which one "
+                "is chosen by shape"
+            )
         # one block, which no kernel looks at
         layout, route, rest = FrozenLayout(Raster(2**62), cycle, _DENSE), Whole(), Drop()
         return replace(inner, layout=layout, route=route, rest=KeptRest(rest, cycle))
     reason = _POOLS if getattr(inner.route, "pools", False) else None
+    cycle = replace(cycle, route=inner.route)
     return replace(
         inner,
         layout=FrozenLayout(inner.layout, cycle, reason),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.token_select import token_select
 from dit_accel.layout import Blocked, Statistic
@@ -25,28 +26,30 @@ class Gate:
     blocks are for everybody, and text tokens select everything.
 
     Attributes:
-        threshold: above 0, at most 1. ``mode="threshold"``: the share of all the normalised gate
-            that own blocks and the best others must reach. ``mode="topk"``: the share of all pairs
-            that is selected, own blocks included.
+        threshold: above 0, at most 1; by layer or by step if need be. With ``mode="threshold"`` the
+            share of all the normalised gate that own blocks and the best others must reach; with
+            ``mode="topk"`` the share of all pairs that is selected, own blocks included.
         scope: ``"head"`` chooses among all pairs of a head, the paper's global selection;
             ``"token"`` for every token by itself.
         mode: by the sum of the gates, or by their number.
     """
 
-    threshold: float = 0.25
+    threshold: Budget = 0.25
     scope: Literal["head", "token"] = "head"
     mode: Literal["threshold", "topk"] = "threshold"
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise InputError(
-                f"Gate: threshold: expected 0 < threshold <= 1, got {self.threshold!r}"
-            )
+        object.__setattr__(self, "threshold", budget("Gate: threshold", self.threshold))
         for name, known in (("scope", ("head", "token")), ("mode", ("threshold", "topk"))):
             if getattr(self, name) not in known:
                 raise InputError(
                     f"Gate: {name}: expected {' or '.join(known)}, got {getattr(self, name)!r}"
                 )
+
+    @property
+    def budget(self) -> tuple[str, Budget]:
+        """The budget."""
+        return "threshold", self.threshold
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -60,7 +63,8 @@ class Gate:
 
     def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> TokenPlan:
         blocks, columns = blocked.keys, blocked.keys.num_video
-        if self.threshold == 1 or columns == 0:
+        threshold = share_at(*self.budget, ctx)
+        if threshold == 1 or columns == 0:
             shape = (*blocked.q.shape[:3], blocks.num_blocks)
             return TokenPlan(torch.ones(shape, dtype=torch.bool, device=blocked.q.device))
         summary = blocked.summary()
@@ -72,7 +76,7 @@ class Gate:
                 summary.count > 0,
                 num_video=columns,
                 text_span=blocked.geometry.text_span,
-                threshold=self.threshold,
+                threshold=threshold,
                 scope=self.scope,
                 mode=self.mode,
             )

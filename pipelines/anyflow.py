@@ -32,7 +32,7 @@ from diffusers.models.transformers.transformer_anyflow_far import (
     AnyFlowCrossAttnProcessor,
     apply_rotary_emb,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
@@ -42,6 +42,10 @@ from dit_accel.pipelines.session import MethodProcessor
 from dit_accel.types import Geometry, Prefix, Report
 
 _PADDED_TO = 128
+_COMPILED = (
+    "expected a transformer that is not compiled, got one under torch.compile, whose graphs do not "
+    "pass the KV cache on to a method"
+)
 
 
 class AnyFlowProcessor(MethodProcessor, AnyFlowCausalAttnProcessor):
@@ -82,12 +86,17 @@ class AnyFlowProcessor(MethodProcessor, AnyFlowCausalAttnProcessor):
             ``[B, L, C]``.
 
         Raises:
-            InputError: the transformer is not prepared, there is no cache, or the sequence is
-                sharded.
+            InputError: the transformer is not prepared or is compiled, there is no cache, or the
+                sequence is sharded.
         """
         if encoder_hidden_states is not None:
             out: Tensor = self._cross(attn, hidden_states, encoder_hidden_states, attention_mask)
             return out
+        if torch.compiler.is_compiling():
+            # An error would break the graph here, and what follows would run uncompiled, unsaid.
+            # The operation refuses when it runs; nothing is ever made of its arguments.
+            query = hidden_states.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            return self.attend(attn, query, query, query)
         stock = super().__call__
         binding, ctx = self.begin(attn)
         batch, length = hidden_states.shape[:2]
@@ -127,6 +136,10 @@ class AnyFlowProcessor(MethodProcessor, AnyFlowCausalAttnProcessor):
         result = result.transpose(1, 2).flatten(2)
         projected: Tensor = attn.to_out[1](attn.to_out[0](result))
         return projected
+
+    def run(self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Raise an InputError: a compiled transformer alone comes here."""
+        raise InputError(f"{self.method.name}: {_COMPILED}")
 
 
 def _prefix(

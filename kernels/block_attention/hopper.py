@@ -38,15 +38,22 @@ _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 
 
 @gluon.jit
-def _bring(desc, entries, turn, row, buffer, ready, BOX: gl.constexpr):
+def _rows_of(entries, turn, row, boxes: gl.constexpr):
+    """Where the boxes of one turn of a list begin: all read at once, for keys and values."""
+    found = (row + (gl.load(entries + turn * boxes) >> _BITS),)
+    for i in gl.static_range(1, boxes):
+        found = found + (row + (gl.load(entries + turn * boxes + i) >> _BITS),)
+    return found
+
+
+@gluon.jit
+def _bring(desc, rows, buffer, ready, BOX: gl.constexpr):
     """The boxes of one turn of a list into one buffer."""
     width: gl.constexpr = buffer.shape[0]
     depth: gl.constexpr = buffer.shape[1]
-    boxes: gl.constexpr = width // BOX
     mbarrier.expect(ready, width * depth * 2)
-    for i in gl.static_range(boxes):
-        entry = gl.load(entries + turn * boxes + i)
-        _load(desc, [row + (entry >> _BITS), 0], ready, buffer.slice(i * BOX, BOX))
+    for i in gl.static_range(width // BOX):
+        _load(desc, [rows[i], 0], ready, buffer.slice(i * BOX, BOX))
 
 
 @gluon.jit
@@ -83,14 +90,15 @@ def _producer(p, BOX: gl.constexpr, WEIGHT: gl.constexpr, FIRST_ORDER: gl.conste
         _bring_run(p.rest_values, row, p.v_bufs.index(at), p.v_ready.index(at))
     turns = (p.every + boxes - 1) // boxes
     for i in range(turns):
+        rows = _rows_of(p.entries, i, p.row, boxes)
         at = k_turn % k_stages
         mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-        _bring(p.keys, p.entries, i, p.row, p.k_bufs.index(at), p.k_ready.index(at), BOX)
+        _bring(p.keys, rows, p.k_bufs.index(at), p.k_ready.index(at), BOX)
         k_turn += 1
         v_turn = p.rest_turns + i
         at = v_turn % v_stages
         mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
-        _bring(p.values, p.entries, i, p.row, p.v_bufs.index(at), p.v_ready.index(at), BOX)
+        _bring(p.values, rows, p.v_bufs.index(at), p.v_ready.index(at), BOX)
     if FIRST_ORDER:
         v_turn = p.rest_turns + turns
         at = v_turn % v_stages

@@ -5,5 +5,6 @@ from dit_accel.kernels.dense_attention.api import (
     dense_attention,
     partial_attention,
 )
+from dit_accel.kernels.dense_attention.backends import BACKENDS, why_not
 
-__all__ = ["PARTIAL_BACKENDS", "dense_attention", "partial_attention"]
+__all__ = ["BACKENDS", "PARTIAL_BACKENDS", "dense_attention", "partial_attention", "why_not"]

@@ -1,38 +1,50 @@
-"""Dense attention: torch's own, with the mask and the empty rows put right; and as a partial."""
+"""Dense attention: torch's own or another's, with the mask and the empty rows put right."""
 
 from __future__ import annotations
 
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.block_summary.api import check_valid
+from dit_accel.kernels.dense_attention.backends import attend, why_not
 
-PARTIAL_BACKENDS: Final = ("auto", "chunked", "flash")
-"""``chunked`` is plain torch, anywhere, fp32 inside; ``flash`` is torch's own flash attention."""
+PARTIAL_BACKENDS: Final = ("auto", "xformers", "flash", "chunked")
+"""Of partial attention: ``xformers``; ``flash``, torch's own flash attention; and ``chunked``,
+plain torch, anywhere, fp32 inside."""
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, key_valid: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "sdpa",
 ) -> Tensor:
-    """``softmax(scale · q kᵀ) v`` over the valid keys, by `F.scaled_dot_product_attention`.
+    """``softmax(scale · q kᵀ) v`` over the valid keys.
 
     Args:
         q, k, v: ``[B, H, L, D]``.
         key_valid: bool ``[B, L]``; ``False`` keys are left out. ``None`` keeps torch's fast path.
+            Backends other than ``"sdpa"`` read it on the host, and gather the valid keys unless
+            they come first.
         scale: of the logits; ``D ** -0.5`` by default.
+        backend: a name from `dit_accel.kernels.dense_attention.BACKENDS`; never another one.
 
     Returns:
         ``[B, H, L, D]`` in the inputs' dtype; zero for a batch element without any valid key.
+
+    Raises:
+        ValueError: the backend cannot run this, with the reason.
     """
-    if key_valid is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     check_valid(key_valid, k)
-    mask = key_valid[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return torch.where(mask.any(-1, keepdim=True), out, torch.zeros((), dtype=out.dtype))
+    reason = why_not(backend, q, k, v)
+    if reason is not None:
+        raise ValueError(f"backend: expected one that can run this, got {backend!r}: {reason}")
+    return attend(backend, q, k, v, key_valid, scale)
 
 
 def partial_attention(
@@ -51,9 +63,10 @@ def partial_attention(
         k, v: ``[B, H, Lk, D]`` in ``q``'s dtype, any number of them, any strides.
         key_valid: bool ``[B, Lk]``; ``False`` keys contribute nothing, whatever they hold.
         scale: of the logits; ``D ** -0.5`` by default.
-        backend: one of `PARTIAL_BACKENDS`. ``"auto"`` is ``"flash"`` where that can run (no key
-            mask, and on CUDA what torch's flash attention takes: fp16 or bf16, ``D`` a multiple of
-            8 up to 256), otherwise ``"chunked"``. A named one never falls back.
+        backend: one of `PARTIAL_BACKENDS`. ``"auto"`` is the first of ``"xformers"`` (where it is
+            installed, on CUDA), ``"flash"`` (on CUDA fp16 or bf16, ``D`` a multiple of 8 up to 256)
+            and ``"chunked"`` that can run; with a key mask it is the last. A named one never falls
+            back.
 
     Returns:
         ``out`` ``[B, H, Lq, D]`` in ``q``'s dtype; ``lse`` ``[B, H, Lq]``, natural log, in fp32
@@ -63,7 +76,7 @@ def partial_attention(
         ValueError: shapes, dtypes or devices do not fit, gradients are asked for, or the named
             backend cannot run this.
     """
-    from dit_accel.kernels.dense_attention import chunked, flash
+    from dit_accel.kernels.dense_attention import chunked, flash, xformers_ops
 
     if backend not in PARTIAL_BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(PARTIAL_BACKENDS)}, got {backend!r}")
@@ -75,12 +88,19 @@ def partial_attention(
     if 0 in (q.shape[2], k.shape[2]):
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=work)
-    reason = flash.refuses(q, k, v, key_valid) if backend in ("auto", "flash") else None
-    if backend == "flash" and reason is not None:
-        raise ValueError(f"backend: expected one that can run here, got 'flash': {reason}")
-    if backend == "chunked" or reason is not None:
-        return chunked.partial_attention(q, k, v, key_valid, scale)
-    return flash.partial_attention(q, k, v, scale)
+    choices = {
+        "xformers": (xformers_ops.refuses, xformers_ops.partial_attention),
+        "flash": (flash.refuses, flash.partial_attention),
+    }
+    for name, (refuses, run) in choices.items():
+        if backend not in ("auto", name):
+            continue
+        reason = refuses(q, k, v, key_valid)
+        if reason is None:
+            return run(q, k, v, scale)
+        if backend == name:
+            raise ValueError(f"backend: expected one that can run here, got {name!r}: {reason}")
+    return chunked.partial_attention(q, k, v, key_valid, scale)
 
 
 def _check_partial(q: Tensor, k: Tensor, v: Tensor) -> None:

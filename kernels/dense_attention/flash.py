@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+from dit_accel.kernels.dense_attention.backends import why_not
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> str | None:
     """The reason why it cannot run, or ``None``. Reads no values."""
     if key_valid is not None:
         return "it takes no key mask"
-    if q.device.type == "cpu":
-        return None
-    if q.device.type != "cuda":
-        return f"expected a CPU or a CUDA device, got {q.device}"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"on CUDA it takes fp16 and bf16, got {q.dtype}"
-    if q.shape[-1] % 8:
+    if q.device.type == "cuda" and q.shape[-1] % 8:
         return f"on CUDA it takes heads of a multiple of 8, got {q.shape[-1]}"
-    if not can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, False)):
-        return "torch says that its flash attention cannot run with this device and these shapes"
-    return None
+    return why_not("flash", q, k, v)
 
 
 @torch.no_grad()

@@ -230,3 +230,50 @@ def test_a_prefix_that_does_not_fit():
     ):
         with pytest.raises(InputError, match=r"prefix: keys: expected \[2, 2, 40, 6\]"):
             dit_accel.attention(*qkv, "dense", grid=GRID, prefix=Prefix(PAST, load))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [0, PAST])
+@pytest.mark.parametrize("where", ["dense", "dense step"])
+def test_a_dense_backend_that_is_named_gets_the_context_too(monkeypatch, padded, length, where):
+    from dit_accel.kernels.dense_attention import api
+
+    ran, real = [], api.attend
+    monkeypatch.setattr(api, "attend", lambda name, *rest: ran.append(name) or real(name, *rest))
+    qkv, past, valid = inputs(), Past(length=length, zeros=23), None
+    if padded:
+        valid = torch.ones(2, LENGTH, dtype=torch.bool)
+        valid[1, 80:] = False
+    method = presets.dense(backend="flash")
+    if where != "dense":
+        method = presets.custom(density=0.3, dense_steps=1, dense_backend="flash")
+    out, report = run(method, qkv, past, key_valid=valid)
+    torch.testing.assert_close(out, whole(*qkv, past, valid), rtol=0, atol=1e-12)
+    assert ran == ["flash"]
+    assert report.all_pairs[0].unique().item() == LENGTH * (LENGTH + length)
+
+
+def test_a_share_of_one_in_some_steps_sees_the_context():
+    qkv, past = inputs(), Past(zeros=3)
+    method = presets.pisa(density={0: 1.0, 1: 0.3}, block_size=16)
+    out, report = run(method, qkv, past, num_steps=2)
+    torch.testing.assert_close(out, whole(*qkv, past), rtol=0, atol=1e-12)
+    assert report.density == 1.0
+
+
+def test_another_share_inside_leaves_the_kept_context_alone():
+    past, state = Past(), State()
+    inner = presets.pisa(density={0: 0.5, 2: 0.3}, block_size=16)
+    method = presets.flashblock(inner=inner, refresh=99)
+    exact = []
+    for step in range(4):
+        _, report = run(method, inputs(step), past, step=step, num_steps=4, state=state)
+        exact.append(int(report.exact_pairs.sum()))
+    assert past.reads == 1
+    assert exact[1] > max(exact[2:]), "inside, the share is that of the step"
+
+
+def test_a_backend_that_makes_no_partials_is_refused():
+    for given in ({"inner": "dense", "backend": "sdpa"}, {"inner": presets.dense(backend="sdpa")}):
+        with pytest.raises(InputError, match=r"flashblock: inner: .* got backend='sdpa'"):
+            presets.flashblock(**given)

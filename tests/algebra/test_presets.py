@@ -12,9 +12,10 @@ from dit_accel.rest import Centroid, Drop, Moment, Taylor
 from dit_accel.route import Everything, PooledScore
 
 
-def test_pisas_defaults_are_the_papers():
+def test_pisas_defaults_are_the_papers_but_for_the_query_blocks():
     method = presets.pisa()
-    assert method.layout == Gilbert(64)
+    assert method.layout == Gilbert(64, 128)
+    assert presets.pisa(block_q=64).layout == Gilbert(64, 64)
     assert method.route == PooledScore("topk", 0.15, bias=True)
     assert method.rest == Taylor("global")
     assert method.schedule == Schedule()
@@ -25,7 +26,7 @@ def test_pisas_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("options", "attribute", "value"),
     [
-        ({"layout": "raster", "block_size": 32}, "layout", Raster(32)),
+        ({"layout": "raster", "block_size": 32}, "layout", Raster(32, 64)),
         ({"layout": "tile3d"}, "layout", Tile3D((4, 4, 4))),
         ({"layout": "tile3d", "block_size": 128}, "layout", Tile3D((4, 4, 8))),
         ({"layout": "cyclic"}, "layout", Cyclic()),
@@ -89,9 +90,9 @@ def test_bad_options_are_told_in_one_line(options, message):
 
 
 def test_unknown_presets_and_positional_options_are_named():
-    with pytest.raises(InputError, match=r"expected one of dense, .*pisa.*got 'sparse'"):
+    with pytest.raises(InputError, match=r"expected one of custom, dense, .*got 'sparse'"):
         presets.build("sparse")
-    with pytest.raises(InputError, match=r"expected one of dense, .*pisa.*got 3"):
+    with pytest.raises(InputError, match=r"expected one of custom, dense, .*got 3"):
         presets.build(3)
     with pytest.raises(InputError, match=r"pisa: expected options by keyword only, got \(0.2,\)"):
         presets.pisa(0.2)

@@ -325,3 +325,22 @@ def test_a_forward_without_a_cache_is_refused(pipe):
     dit_accel.accelerate(pipe, "flashblock", **KEPT)
     with torch.no_grad(), pytest.raises(InputError, match="use_kv_cache=True"):
         pipe.transformer(**given)
+
+
+@pytest.mark.parametrize("method", ["dense", "flashblock"])
+@pytest.mark.parametrize("how", ["blocks", "whole", "whole, broken"])
+def test_a_compiled_transformer_is_refused(pipe, method, how):
+    """However it was compiled, and not by going on without a graph."""
+    dit_accel.accelerate(pipe, method, **(KEPT if method == "flashblock" else {}))
+    plain, stock = pipe.transformer, go(pipe)
+    torch._dynamo.reset()
+    if how == "blocks":
+        pipe.transformer.compile_repeated_blocks(backend="eager")
+    else:
+        pipe.transformer = torch.compile(plain, backend="eager", fullgraph=how == "whole")
+    with pytest.raises(InputError, match=f"{method}: expected a transformer that is not compiled"):
+        go(pipe)
+    torch._dynamo.reset()
+    if how != "blocks":
+        pipe.transformer = plain
+        assert torch.equal(go(pipe), stock)
