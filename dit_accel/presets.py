@@ -1,4 +1,4 @@
-"""Methods by name. A method is a few functions and one row in here.
+"""Methods by name. A method is one function and one row in here; see docs/new_method.md.
 
 >>> from dit_accel import presets
 >>> presets.pisa(density=0.2).name
@@ -9,6 +9,7 @@ True
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -143,7 +144,8 @@ def custom(
         "model's order.",
         "Query blocks are twice as long as key blocks, 128 and 64, since 64 queries at a time "
         "cannot keep a GPU busy; block_q=64 is the paper's.",
-        "Text tokens of a joint sequence are always exact, and never part of a video block.",
+        "Text tokens of a joint sequence are always exact, and never part of a video block; the "
+        "public code for FLUX cuts text and image alike.",
         "The first-order term sums over all video key blocks, as the paper's kernel does; "
         "taylor='rest' sums over the blocks left to the rest.",
     ),
@@ -171,7 +173,8 @@ def pisa(
     or rest that is given as an object brings its own settings. ``block_size`` is ignored by
     ``layout="cyclic"``, ``block_q`` by layouts that have one block size for both.
     """
-    queries = 2 * block_size if block_q is None else block_q
+    keys = layout.get("block_size", block_size) if isinstance(layout, Mapping) else block_size
+    queries = 2 * keys if block_q is None else block_q
     return Method(
         make("layout", layout, block_size=block_size, query_block_size=queries),
         make("route", route, density=density, p=p, bias=bias),
@@ -241,6 +244,7 @@ def svg_ear(
     deviations=(
         "The paper trains with it; without training it keeps the first denoising steps dense, 12 "
         "of 50: dense_steps=0.24.",
+        "Gates are normalised over a head with scope=token too; the public code does so by token.",
         "rest='centroid' and others stand in for what the paper drops.",
         "Text tokens of a joint sequence select everything, and are selected by all.",
     ),
@@ -282,7 +286,12 @@ def vmoba(
         "2512.04025",
     ),
     deviations=(
-        "sample=random draws one token of every four; the paper draws from the whole block.",
+        "The tokens looked at are evenly strided, so that runs repeat; sample=random draws one of "
+        "every four, where the public code draws from the whole block.",
+        "No block is exact beyond what the bounds say; the public code keeps at least 8% with "
+        "mode=threshold: min_exact=0.08.",
+        "The similarity cap compares neighbours; the public code the first and the last key that "
+        "are pooled together.",
         "Text tokens of a joint sequence are always exact, and never pooled.",
     ),
 )
@@ -306,6 +315,9 @@ def psa(
     ] = "stride",
     similarity_cap: Annotated[bool, Opt("pool only neighbours that are alike")] = False,
     seed: Annotated[int, Opt("of sample=random"), Field(ge=0)] = 0,
+    min_exact: Annotated[
+        float, Opt("least share of a row's blocks that is exact, the best ones"), Field(ge=0, le=1)
+    ] = 0.0,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
 ) -> Method:
@@ -326,7 +338,7 @@ def psa(
         ratios = RATIOS[ratios]
     return Method(
         make("layout", layout, block_size=block_k, query_block_size=block_q),
-        Pyramid(tuple(ratios), mode, sample, similarity_cap, seed),  # type: ignore[arg-type]
+        Pyramid(tuple(ratios), mode, sample, similarity_cap, seed, min_exact),  # type: ignore[arg-type]
         Drop(),
         Schedule(dense_steps, dense_layers),
     )

@@ -156,6 +156,35 @@ def test_the_catalogue_tells_what_a_listing_needs():
             assert {"dense_steps", "dense_layers"} <= set(row.options)
 
 
+SIGNATURES = {
+    "svg_ear": {
+        "density": 0.22,
+        "q_clusters": None,
+        "k_clusters": None,
+        "layout": "kmeans",
+        "block_size": 64,
+        "rest": "centroid",
+    },
+    "psa": {
+        "ratios": None,
+        "mode": "threshold",
+        "block_q": 128,
+        "block_k": 64,
+        "layout": "gilbert",
+        "sample": "stride",
+        "similarity_cap": False,
+    },
+    "vmoba": {"threshold": 0.25, "scope": "head", "mode": "threshold", "rest": "drop"},
+    "flashblock": {"inner": "pisa", "refresh": 5, "layers": None, "budget_gib": None},
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_options_and_defaults_that_others_rely_on(name):
+    options = presets.get(name).options
+    assert {key: options[key].default for key in SIGNATURES[name]} == SIGNATURES[name]
+
+
 def test_a_new_method_is_one_function_and_one_row(monkeypatch):
     monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
 
