@@ -44,11 +44,7 @@ def _within(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) 
     """Exact pairs and rest of the sequence itself."""
     if isinstance(plan, Plan) and plan.whole:
         valid = blocked.geometry.key_valid
-        return Partial(
-            *partial_attention(
-                blocked.q, blocked.k, blocked.v, key_valid=valid, scale=blocked.scale
-            )
-        )
+        return attend_all(blocked.q, blocked.k, blocked.v, key_valid=valid, scale=blocked.scale)
     if isinstance(plan, TokenPlan):
         return Partial(
             *token_attention(
@@ -87,10 +83,32 @@ def direct(blocked: Blocked, plan: Plan | TokenPlan, ctx: Context) -> Partial:
     return _within(blocked, plan, Drop(), ctx)
 
 
+def attend_all(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+) -> Partial:
+    """Every query with every one of some keys, to be merged with attention to others.
+
+    Args:
+        q: ``[B, H, L, D]``.
+        k, v: ``[B, H, M, D]``, such as references that stand beside the sequence.
+        key_valid: bool ``[B, M]``; ``False`` keys contribute nothing.
+        scale: of the logits; ``D ** -0.5`` by default.
+
+    Returns:
+        The partial; ``out`` in ``q``'s dtype.
+    """
+    return Partial(*partial_attention(q, k, v, key_valid=key_valid, scale=scale))
+
+
 def dense(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None) -> Partial:
     """Every pair of the sequence, and the prefix."""
     key_valid = ctx.geometry.key_valid
-    own = Partial(*partial_attention(q, k, v, key_valid=key_valid, scale=scale))
+    own = attend_all(q, k, v, key_valid=key_valid, scale=scale)
     return merge(own, *beyond(q, ctx, scale))
 
 
@@ -127,7 +145,7 @@ def of_prefix(q: Tensor, ctx: Context, scale: float | None = None) -> Partial:
         InputError: the prefix does not fit the queries.
     """
     assert ctx.prefix is not None
-    return Partial(*partial_attention(q, *_load(q, ctx.prefix), scale=scale))
+    return attend_all(q, *_load(q, ctx.prefix), scale=scale)
 
 
 def with_prefix(

@@ -19,7 +19,7 @@ from torch import Tensor
 from dit_accel.curve import gilbert_order
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_summary import block_mean, block_summary
-from dit_accel.types import Blocks, Context, Geometry, Summary
+from dit_accel.types import Blocks, Context, Geometry, Grid, Summary
 
 TEXT_BLOCK = 64
 """Tokens in a text block, where a layout has no block size of its own."""
@@ -135,22 +135,28 @@ def join_text(
     )
 
 
-# What a layout makes of a grid: the video cells in order, and one list of sizes a partition.
-_Cells = Callable[[tuple[int, int, int]], tuple[Tensor, list[int]]]
+# What a layout makes of a grid: the cells in order, and the sizes of the blocks.
+_Cells = Callable[[Grid], tuple[Tensor, list[int]]]
 
 
 @lru_cache(maxsize=64)
 def _grid_blocks(
-    cells: _Cells,
-    grid: tuple[int, int, int],
+    grids: tuple[tuple[Grid, _Cells], ...],
     text_span: tuple[int, int],
     text_block: int,
     device: torch.device,
 ) -> Blocks:
-    """Blocks that depend on the grid alone, kept for the 64 grids used last."""
+    """Blocks that depend on the grids alone, kept for the 64 used last. None spans two grids."""
     with torch.inference_mode(False):  # a cached inference tensor could not be used outside
-        order, sizes = cells(grid)
-        return join_text(order, sizes, text_span, text_block, device)
+        orders: list[Tensor] = []
+        sizes: list[int] = []
+        first = 0
+        for grid, cells in grids:
+            order, some = cells(grid)
+            orders.append(order + first)
+            sizes += some
+            first += len(order)
+        return join_text(torch.cat(orders), sizes, text_span, text_block, device)
 
 
 def _check_sizes(owner: object, **sizes: int | None) -> None:
@@ -176,7 +182,7 @@ class _Cut:
     curve: bool
     block_size: int
 
-    def __call__(self, grid: tuple[int, int, int]) -> tuple[Tensor, list[int]]:
+    def __call__(self, grid: Grid) -> tuple[Tensor, list[int]]:
         order = gilbert_order(grid) if self.curve else torch.arange(math.prod(grid))
         return order, cut(math.prod(grid), self.block_size)
 
@@ -187,7 +193,7 @@ class _Tiles:
 
     tile: tuple[int, int, int]
 
-    def __call__(self, grid: tuple[int, int, int]) -> tuple[Tensor, list[int]]:
+    def __call__(self, grid: Grid) -> tuple[Tensor, list[int]]:
         ids = torch.zeros(grid, dtype=torch.int64)
         for axis, (size, step) in enumerate(zip(grid, self.tile, strict=True)):
             shape = [1, 1, 1]
@@ -195,6 +201,10 @@ class _Tiles:
             ids = ids * -(-size // step) + (torch.arange(size) // step).view(shape)
         ids = ids.flatten()
         return ids.argsort(stable=True), ids.bincount().tolist()
+
+
+def _every(where: Geometry, cells: _Cells) -> tuple[tuple[Grid, _Cells], ...]:
+    return tuple((grid, cells) for grid in where.grids)
 
 
 def _blocked(
@@ -229,7 +239,7 @@ class _Curve:
     ) -> Blocked:
         where, curve = ctx.geometry, isinstance(self, Gilbert)
         keys, queries = (
-            _grid_blocks(_Cut(curve, size), where.grid, where.text_span, size, q.device)
+            _grid_blocks(_every(where, _Cut(curve, size)), where.text_span, size, q.device)
             for size in (self.block_size, self.query_block_size or self.block_size)
         )
         return _blocked(q, k, v, ctx, scale, queries, keys)
@@ -265,7 +275,8 @@ class Tile3D:
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None
     ) -> Blocked:
         where, text_block = ctx.geometry, math.prod(self.tile)
-        blocks = _grid_blocks(_Tiles(self.tile), where.grid, where.text_span, text_block, q.device)
+        tiles = _every(where, _Tiles(self.tile))
+        blocks = _grid_blocks(tiles, where.text_span, text_block, q.device)
         return _blocked(q, k, v, ctx, scale, blocks, blocks)
 
 
@@ -306,8 +317,8 @@ class Cyclic:
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None
     ) -> Blocked:
         where = ctx.geometry
-        tiles = _Tiles(self.tile(where.grid, ctx.layer))
-        blocks = _grid_blocks(tiles, where.grid, where.text_span, TEXT_BLOCK, q.device)
+        tiles = tuple((grid, _Tiles(self.tile(grid, ctx.layer))) for grid in where.grids)
+        blocks = _grid_blocks(tiles, where.text_span, TEXT_BLOCK, q.device)
         return _blocked(q, k, v, ctx, scale, blocks, blocks)
 
 

@@ -15,6 +15,7 @@ from dit_accel.density import Budget, check_layers, count_steps, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
 from dit_accel.layout import Layout, default_scale
+from dit_accel.partial import Partial
 from dit_accel.rest import Rest
 from dit_accel.route import Route
 from dit_accel.types import Context, Report
@@ -208,11 +209,34 @@ class Method:
         Raises:
             InputError: the tensors do not fit each other or the geometry, or ask for gradients.
         """
-        check_tensors(q, k, v, ctx)
-        key_valid = ctx.geometry.key_valid
-        if self.layout is None or self.route is None or self.rest is None or self._wants_all(ctx):
-            every = dense_pairs(q, key_valid, ctx.prefix)
+        if self._wants_all(ctx):
+            check_tensors(q, k, v, ctx)
+            every = dense_pairs(q, ctx.geometry.key_valid, ctx.prefix)
             return self._dense(q, k, v, ctx, scale), Report(every, every)
+        partial, told = self.partial(q, k, v, ctx, scale=scale)
+        return partial.out, told
+
+    def partial(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, *, scale: float | None = None
+    ) -> tuple[Partial, Report]:
+        """The same with the normaliser, to be merged with attention to yet other keys.
+
+        Args:
+            q, k, v, ctx, scale: as when called.
+
+        Raises:
+            InputError: as when called; or a backend was chosen and is to compute all pairs, which
+                gives no normaliser.
+        """
+        check_tensors(q, k, v, ctx)
+        if self.layout is None or self.route is None or self.rest is None or self._wants_all(ctx):
+            if self.backend is not None:
+                raise InputError(
+                    "backend: expected none where keys stand beside the sequence, got "
+                    f"{self.backend!r}, which gives no normaliser"
+                )
+            every = dense_pairs(q, ctx.geometry.key_valid, ctx.prefix)
+            return dense(q, k, v, ctx, scale), Report(every, every)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise InputError(
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "
@@ -229,9 +253,9 @@ class Method:
         plan = self.route(blocked, self.rest, ctx)
         partial = attend(blocked, plan, self.rest, ctx)
         if whole:
-            every = dense_pairs(q, key_valid)
-            return partial.out, Report(every, every)
-        return partial.out, report(blocked, plan, ctx.prefix, computed)
+            every = dense_pairs(q, ctx.geometry.key_valid)
+            return partial, Report(every, every)
+        return partial, report(blocked, plan, ctx.prefix, computed)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None) -> Tensor:
         key_valid = ctx.geometry.key_valid
@@ -278,7 +302,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> None:
         text = f" + text {where.num_text}" if where.num_text else ""
         raise InputError(
             f"grid: expected {q.shape[2]} tokens as in q, got "
-            f"{'x'.join(map(str, where.grid))}{text} = {where.length}"
+            f"{' + '.join('x'.join(map(str, grid)) for grid in where.grids)}{text} = "
+            f"{where.length}"
         )
     if where.text is not None and where.text.stop > q.shape[2]:
         raise InputError(

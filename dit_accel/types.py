@@ -6,6 +6,7 @@ Shapes follow one order everywhere: ``B`` batch, ``H`` heads, ``L`` tokens, ``D`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -24,6 +25,19 @@ REST: Final = -1
 """Plan code: the pair is left to the method's rest."""
 
 
+Grid = tuple[int, int, int]
+"""Latent frames, rows, columns."""
+
+
+def _checked(grid: Grid) -> Grid:
+    if not (isinstance(grid, tuple | list) and len(grid) == 3):
+        raise InputError(f"grid: expected three sizes (frames, rows, columns), got {grid!r}")
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in grid):
+        raise InputError(f"grid: expected three positive integers, got {grid!r}")
+    frames, rows, columns = grid
+    return frames, rows, columns
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """What the tokens of a sequence are.
@@ -34,19 +48,18 @@ class Geometry:
         text: where the text tokens stand in a joint sequence, or ``None`` without any. Text is
             never reordered and never approximated.
         key_valid: bool ``[B, L]``; ``False`` marks padding, which contributes nothing as a key.
+        more: grids that follow in the sequence, such as reference images of any size. Their tokens
+            are approximated like the others, in blocks of their own.
     """
 
-    grid: tuple[int, int, int]
+    grid: Grid
     text: slice | None = None
     key_valid: Tensor | None = None
+    more: tuple[Grid, ...] = ()
 
     def __post_init__(self) -> None:
-        grid = self.grid
-        if not (isinstance(grid, tuple | list) and len(grid) == 3):
-            raise InputError(f"grid: expected three sizes (frames, rows, columns), got {grid!r}")
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in grid):
-            raise InputError(f"grid: expected three positive integers, got {grid!r}")
-        object.__setattr__(self, "grid", tuple(grid))
+        object.__setattr__(self, "grid", _checked(self.grid))
+        object.__setattr__(self, "more", tuple(map(_checked, self.more)))
         if self.text is not None:
             start, stop = self.text.start, self.text.stop
             if self.text.step not in (None, 1) or not (
@@ -58,10 +71,14 @@ class Geometry:
                 )
 
     @property
+    def grids(self) -> tuple[Grid, ...]:
+        """All grids, in the order of the sequence."""
+        return self.grid, *self.more
+
+    @property
     def num_video(self) -> int:
-        """Number of video tokens, the product of the grid."""
-        frames, rows, columns = self.grid
-        return frames * rows * columns
+        """Number of video tokens, the product of the grid; of all grids together."""
+        return sum(map(math.prod, self.grids))
 
     @property
     def num_text(self) -> int:

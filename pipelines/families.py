@@ -57,6 +57,8 @@ class Family:
 _TABLE: Final = {
     "AnyFlowFARTransformer3DModel": "anyflow",
     "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",

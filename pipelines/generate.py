@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import itertools
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel.errors import InputError
-from dit_accel.pipelines import embedded
-from dit_accel.pipelines.families import family_of, models_of
-from dit_accel.pipelines.plug import EMBEDDED, session_of
-from dit_accel.pipelines.wan import FAMILY
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to generate. ``None`` leaves a number to the model.
-
-    Attributes:
-        prompt, negative_prompt: texts.
-        height, width: pixels.
-        frames: of the clip.
-        steps: denoising steps.
-        guidance: scale of classifier-free guidance; 1 turns it off.
-        seed: of the noise, drawn on the CPU, so that it is the same on every device.
-    """
-
-    prompt: str
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
+from dit_accel.pipelines.families import models_of
+from dit_accel.pipelines.plug import session_of
+from dit_accel.pipelines.request import Request, call_of, effective, guider_of, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +23,7 @@ class Generation:
     """What was generated and measured.
 
     Attributes:
-        frames: fp32 ``[T, 3, H, W]`` in [0, 1], on the CPU.
+        frames: fp32 ``[T, 3, H, W]`` in [0, 1], on the CPU; ``T`` is 1 for an image.
         seconds: of the whole call.
         step_seconds: of every denoising step, guidance included.
         decode_seconds: from the last step to the frames.
@@ -64,68 +39,6 @@ class Generation:
     density: float | None
     by_step: dict[int, float]
     by_layer: dict[int, float]
-
-
-_NAMES = {
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-}
-
-
-def effective(pipe: Any, request: Request) -> Request:
-    """The request with the model's own numbers where none were given, all checked.
-
-    Raises:
-        InputError: a number does not fit the model.
-    """
-    transformer = next(iter(models_of(pipe).values()))
-    if family_of(transformer) is not FAMILY:
-        raise InputError(
-            f"generate: expected a pipeline of {FAMILY.name}, got a {type(pipe).__name__}, which "
-            "can be accelerated and called from Python"
-        )
-    name = getattr(transformer, EMBEDDED, None)
-    suggested = embedded.defaults(name) if name else {}
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    missing = {
-        mine: suggested.get(theirs, parameters[theirs].default)
-        for mine, theirs in _NAMES.items()
-        if getattr(request, mine) is None
-    }
-    full = replace(request, **missing)
-    _check(pipe, full)
-    return full
-
-
-def _check(pipe: Any, request: Request) -> None:
-    for name in ("height", "width", "frames", "steps"):
-        value = getattr(request, name)
-        if value < 1:
-            raise InputError(f"{name}: expected a positive integer, got {value}")
-    guidance = request.guidance
-    assert guidance is not None
-    if not (math.isfinite(guidance) and guidance >= 0):
-        raise InputError(f"guidance: expected a number, 0 or more, got {guidance}")
-    if not 0 <= request.seed < 2**63:
-        raise InputError(f"seed: expected an integer from 0 to 2^63 - 1, got {request.seed}")
-    if not request.prompt.strip():
-        raise InputError("prompt: expected some words, got none")
-    transformer = next(iter(models_of(pipe).values()))
-    _, patch, _ = transformer.config.patch_size
-    # diffusers asks for multiples of 16 whatever the model
-    unit = math.lcm(16, pipe.vae_scale_factor_spatial * patch)
-    for name in ("height", "width"):
-        if getattr(request, name) % unit:
-            raise InputError(f"{name}: expected a multiple of {unit}, got {getattr(request, name)}")
-    unit = pipe.vae_scale_factor_temporal
-    assert request.frames is not None
-    if (request.frames - 1) % unit:
-        raise InputError(
-            f"frames: expected one more than a multiple of {unit}, got {request.frames}"
-        )
 
 
 @torch.inference_mode()
@@ -154,27 +67,26 @@ def generate(
         if not marks:
             marks.append(now())
 
-    def end(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def end() -> None:
         marks.append(now())
         if on_step is not None:
-            on_step(step + 1, request.steps or 0)
-        return given
+            on_step(len(marks) - 1, request.steps or 0)
 
     handles = [model.register_forward_pre_hook(begin) for model in models_of(pipe).values()]
+    call = {
+        **call_of(pipe, request),
+        "generator": torch.Generator().manual_seed(request.seed),
+        "output_type": "pt",
+    }
     start = now()
     try:
-        frames = pipe(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            generator=torch.Generator().manual_seed(request.seed),
-            output_type="pt",
-            callback_on_step_end=end,
-            **{theirs: getattr(request, mine) for mine, theirs in _NAMES.items()},
-        ).frames[0]
+        with _after_steps(pipe.scheduler, end), _guided(pipe, request.guidance):
+            made = pipe(**call)
         stop = now()
     finally:
         for handle in handles:
             handle.remove()
+    frames = made.frames[0] if kind_of(pipe).video else made.images
     log = session_of(pipe).log
     return Generation(
         frames.float().cpu(),
@@ -185,3 +97,39 @@ def generate(
         log.by_step,
         log.by_layer,
     )
+
+
+@contextmanager
+def _after_steps(scheduler: Any, done: Callable[[], None]) -> Iterator[None]:
+    """Call ``done`` after every step; not all pipelines call back, but all step their scheduler."""
+    inner = scheduler.step
+    own = "step" in vars(scheduler)
+
+    @functools.wraps(inner)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        made = inner(*args, **kwargs)
+        done()
+        return made
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        if own:
+            scheduler.step = inner
+        else:
+            del scheduler.step
+
+
+@contextmanager
+def _guided(pipe: Any, scale: float | None) -> Iterator[None]:
+    """Another scale for a pipeline whose guidance is a component, which it gets back."""
+    guider = guider_of(pipe)
+    if guider is None or scale is None:
+        yield
+        return
+    pipe.guider = guider.new(guidance_scale=scale)
+    try:
+        yield
+    finally:
+        pipe.guider = guider

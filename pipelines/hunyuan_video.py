@@ -102,7 +102,26 @@ def _self_attention(model: Any) -> list[Any]:
 
 
 def _geometry(model: Any, given: Mapping[str, Any]) -> Geometry:
-    latent, mask = given["hidden_states"], given["encoder_attention_mask"]
+    mask = given["encoder_attention_mask"]
+    # as diffusers has it: the valid tokens are taken to come first, wherever the mask has them
+    valid = mask.sum(dim=1, dtype=torch.int)
+    return joint_geometry(
+        model, given["hidden_states"], given["encoder_hidden_states"].shape[1], valid
+    )
+
+
+def joint_geometry(model: Any, latent: Tensor, num_text: int, valid: Tensor) -> Geometry:
+    """Of video tokens, and then text of which the first are valid.
+
+    Args:
+        model: the transformer.
+        latent: ``[B, C, T, H, W]``.
+        num_text: text tokens, padding included.
+        valid: int ``[B]`` or ``[1]``, how many of them are not padding.
+
+    Raises:
+        InputError: the latents have another rank.
+    """
     if latent.ndim != 5:
         raise InputError(
             f"hidden_states: expected latents [B, C, T, H, W], got shape {list(latent.shape)}"
@@ -112,15 +131,13 @@ def _geometry(model: Any, given: Mapping[str, Any]) -> Geometry:
         size // step for size, step in zip(latent.shape[2:], patch, strict=True)
     )
     start = math.prod((frames, rows, columns))
-    stop = start + given["encoder_hidden_states"].shape[1]
-    # as diffusers has it: the valid tokens are taken to come first, wherever the mask has them
-    valid = start + mask.sum(dim=1, dtype=torch.int)
+    stop = start + num_text
     # one mask for several videos of a prompt
-    valid = valid.expand(latent.shape[0])
+    valid = (start + valid).expand(latent.shape[0])
     return Geometry(
         (frames, rows, columns),
         text=slice(start, stop),
-        key_valid=torch.arange(stop, device=mask.device) < valid.unsqueeze(1),
+        key_valid=torch.arange(stop, device=valid.device) < valid.unsqueeze(1),
     )
 
 

@@ -70,6 +70,18 @@ def load(
     return pipe
 
 
+def pipeline_class(model: str | Path, **options: Any) -> str:
+    """The class of a pipeline that `load` would load, before any weight is fetched.
+
+    Args:
+        model, options: as for `load`.
+
+    Raises:
+        InputError: there is no such model, or its family is not supported.
+    """
+    return _check_family(_locate(model)[0], options)
+
+
 def _device(device: str | torch.device | None) -> torch.device | None:
     if device is None:
         return None

@@ -1,4 +1,4 @@
-"""Clips on disk: mp4, gif or a folder of png. Written whole or not at all."""
+"""Clips and images on disk, and images read from there. Written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dit_accel.errors import InputError
@@ -29,6 +30,26 @@ def kind_of(path: Path) -> str:
     if suffix == "":
         return "png"
     raise InputError(f"out: expected {', '.join(KINDS)}, got {path.name!r}")
+
+
+def check_image_name(path: Path) -> None:
+    """Raise an InputError unless an image may have this name, which must end in ``.png``."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"out: expected a name that ends in .png for an image, got {path.name!r}")
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture in RGB, upright as its camera says.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        what = getattr(error, "strerror", None) or "it cannot be read as one"
+        raise InputError(f"image: expected a picture, got {str(path)!r}: {what}") from error
 
 
 def check_writable(path: Path, *, force: bool) -> None:
@@ -66,13 +87,36 @@ def write_clip(frames: Tensor, path: Path, fps: int) -> None:
     if frames.ndim != 4 or frames.shape[1] != 3:
         raise InputError(f"frames: expected [T, 3, H, W], got {list(frames.shape)}")
     kind = kind_of(path)
-    pixels = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = _pixels(frames)
     writers: dict[str, Callable[[np.ndarray, Path, int], None]] = {
         "mp4": _write_mp4,
         "gif": _write_gif,
         "png": _write_png,
     }
     replace_with(path, lambda part: writers[kind](pixels, part, fps))
+
+
+def write_image(frames: Tensor, path: Path) -> None:
+    """Write an image as png; what was there is replaced only by a whole one.
+
+    Args:
+        frames: ``[1, 3, H, W]`` in [0, 1].
+        path: ends in ``.png``.
+
+    Raises:
+        InputError: the name or the shape is another.
+    """
+    check_image_name(path)
+    if frames.ndim != 4 or tuple(frames.shape[:2]) != (1, 3):
+        raise InputError(f"image: expected [1, 3, H, W], got {list(frames.shape)}")
+    pixels = _pixels(frames)[0]
+    replace_with(path, lambda part: imageio.imwrite(part, pixels, format="PNG"))
+
+
+def _pixels(frames: Tensor) -> np.ndarray:
+    """uint8 ``[T, H, W, 3]`` of ``[T, 3, H, W]`` in [0, 1]."""
+    made: np.ndarray = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return made
 
 
 def replace_with(path: Path, write: Callable[[Path], None]) -> None:

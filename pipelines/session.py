@@ -270,10 +270,14 @@ class MethodProcessor:
             )
         self.method = method
 
-    def steps_aside(self, attn: Any, hidden_states: Tensor) -> bool:
+    def steps_aside(self, attn: Any, hidden_states: Tensor, beside: int = 0) -> bool:
         """Whether diffusers' own code is to compute this call, which is then noted as dense.
 
         Never so while a graph is traced, which has to serve sparse steps as well.
+
+        Args:
+            attn, hidden_states: as diffusers calls the processor.
+            beside: as in `note_dense`.
 
         Raises:
             InputError: as `begin`.
@@ -283,7 +287,7 @@ class MethodProcessor:
         binding, ctx = self.begin(attn)
         if not self.method.is_dense(ctx):
             return False
-        self.note_dense(binding, ctx, hidden_states, attn.heads)
+        self.note_dense(binding, ctx, hidden_states, attn.heads, beside)
         return True
 
     def attend(
@@ -342,9 +346,20 @@ class MethodProcessor:
         binding = binding_of(attn)
         return binding, binding.context()
 
-    def note_dense(self, binding: Binding, ctx: Context, hidden_states: Tensor, heads: int) -> None:
-        """Record a call that diffusers' own code computes. ``hidden_states`` is ``[B, …]``."""
+    def note_dense(
+        self,
+        binding: Binding,
+        ctx: Context,
+        hidden_states: Tensor,
+        heads: int,
+        beside: int = 0,
+    ) -> None:
+        """Record a call that diffusers' own code computes. ``hidden_states`` is ``[B, …]``.
+
+        Args:
+            beside: pairs of every head with tokens that the geometry knows nothing of.
+        """
         where = ctx.geometry
         like = hidden_states.new_empty(()).expand(hidden_states.shape[0], heads, where.length)
-        every = dense_pairs(like, where.key_valid)
+        every = dense_pairs(like, where.key_valid) + beside
         binding.record(ctx, Report(every, every))

@@ -1,11 +1,10 @@
-"""``dit-accel generate``: from a prompt to a clip."""
+"""``dit-accel generate``: from a prompt to a clip or an image."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,13 +14,15 @@ from dit_accel.cli.common import (
     dtype_of,
     err,
     method_options,
-    out,
     progress,
     quiet,
 )
 
 if TYPE_CHECKING:
-    from dit_accel.pipelines.generate import Generation, Request
+    from torch import Tensor
+
+    from dit_accel.pipelines.generate import Generation
+    from dit_accel.pipelines.request import Kind, Request
 
 
 def generate(
@@ -55,21 +56,28 @@ def generate(
     frames: Annotated[int | None, typer.Option(help="Frames of the clip.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="To start from, or to edit, where the model does that.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
     target: Annotated[
-        Path, typer.Option("--out", help="clip.mp4, clip.gif, or a folder for png.")
-    ] = Path("clip.mp4"),
+        Path | None,
+        typer.Option(
+            "--out",
+            help="clip.mp4, clip.gif, or a folder for png; image.png for a model of images.",
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also generate densely, and compare.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     configured: Mapping[str, Any] | None = None,
 ) -> None:
-    """Generate a clip, and say what it took.
+    """Generate a clip or an image, and say what it took.
 
-    Beside the clip a JSON file tells every setting, the versions and what was measured. With
-    --compare a second file shows dense on the left and the method on the right.
+    Beside it a JSON file tells every setting, the versions and what was measured. With --compare a
+    second file shows dense on the left and the method on the right.
     """
     from dit_accel import presets
     from dit_accel.errors import InputError
@@ -81,15 +89,21 @@ def generate(
     chosen_dtype = dtype_of(dtype)
     if fps is not None and not 1 <= fps <= 240:
         raise InputError(f"fps: expected an integer from 1 to 240, got {fps}")
-    media.kind_of(target)
+    quiet()
+    from dit_accel.pipelines.loading import pipeline_class
+    from dit_accel.pipelines.request import Request, check, effective, kind_named
+
+    kind = kind_named(pipeline_class(model))
+    picture = None if image is None else media.read_image(image)
+    asked = Request(prompt, negative_prompt, height, width, frames, steps, guidance, seed, picture)
+    check(kind, asked)
+    target = _target(kind, target, fps)
     record_path = target.with_suffix(".json")
     both_path = target.with_name(f"{target.stem}-compare{target.suffix}")
     for path in (target, record_path, *((both_path,) if compare else ())):
         media.check_writable(path, force=force)
 
-    quiet()
     from dit_accel.pipelines import accelerate, embedded, load
-    from dit_accel.pipelines.generate import Request, effective
 
     start = time.perf_counter()
     with err.status(f"loading {model}"):
@@ -98,7 +112,6 @@ def generate(
     load_seconds = time.perf_counter() - start
     inside = embedded.find(model)
     rate = fps or (inside.fps if inside else 16)
-    asked = Request(prompt, negative_prompt, height, width, frames, steps, guidance, seed)
     request = effective(pipe, asked)
 
     accelerate(pipe, method, **options)
@@ -110,45 +123,76 @@ def generate(
             dense = _run(pipe, request, bars, "dense")
             accelerate(pipe, method, **options)
         result = _run(pipe, request, bars, method)
-    media.write_clip(result.frames, target, rate)
-    measured = _measured(result, dense)
+    _write(kind, result.frames, target, rate)
     if dense is not None:
         import torch
 
         gap = torch.ones(*result.frames.shape[:3], 4)
         both = torch.cat([dense.frames, gap, result.frames], dim=3)
-        media.write_clip(both, both_path, rate)
+        _write(kind, both, both_path, rate)
 
+    from dit_accel.cli.report import measured, tell, times
     from dit_accel.eval import records
     from dit_accel.options import plain
 
+    count, _, rows, columns = result.frames.shape
     record = {
         "model": model,
+        "pipeline": type(pipe).__name__,
         "prompt": prompt,
         "negative_prompt": negative_prompt,
+        "image": None if image is None else str(image),
         "method": method,
         "options": made.to_config()["options"],
         "seed": seed,
         "steps": request.steps,
         "guidance": request.guidance,
-        "height": request.height,
-        "width": request.width,
-        "frames": request.frames,
-        "fps": rate,
+        # none where it cannot be asked for: a record is enough to repeat a run
+        "height": rows if "height" in kind.arguments else None,
+        "width": columns if "width" in kind.arguments else None,
+        "frames": count if kind.video else None,
+        "fps": rate if kind.video else None,
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "device": str(pipe.device),
         "density_asked": plain(made.density_asked),
         "density": result.density,
         "density_by_step": result.by_step,
         "density_by_layer": result.by_layer,
-        "seconds": {"load": load_seconds, **_times(result)},
-        "dense_seconds": None if dense is None else _times(dense),
-        "compared": measured,
+        "seconds": {"load": load_seconds, **times(result)},
+        "dense_seconds": None if dense is None else times(dense),
+        "compared": measured(result, dense),
         "out": str(target),
         "compare_out": str(both_path) if compare else None,
     }
     media.write_text(record_path, records.dumps(records.signed(record)))
-    _tell(record, result)
+    tell(record, result)
+
+
+def _target(kind: Kind, target: Path | None, fps: int | None) -> Path:
+    """Where the result goes, by a name that fits it."""
+    from dit_accel.errors import InputError
+    from dit_accel.pipelines import media
+
+    if kind.video:
+        target = target or Path("clip.mp4")
+        media.kind_of(target)
+        return target
+    if fps is not None:
+        raise InputError(
+            f"fps: expected none for a {kind.name}, since it makes one image, got {fps}"
+        )
+    target = target or Path("image.png")
+    media.check_image_name(target)
+    return target
+
+
+def _write(kind: Kind, frames: Tensor, target: Path, rate: int) -> None:
+    from dit_accel.pipelines import media
+
+    if kind.video:
+        media.write_clip(frames, target, rate)
+    else:
+        media.write_image(frames, target)
 
 
 def _method_of(pipe: Any) -> Any:
@@ -165,58 +209,3 @@ def _run(pipe: Any, request: Request, bars: Any, name: str) -> Generation:
 
     task = bars.add_task(name, total=request.steps)
     return run(pipe, request, lambda done, total: bars.update(task, completed=done))
-
-
-def _times(result: Generation) -> dict[str, Any]:
-    return {
-        "total": result.seconds,
-        "step_median": median(result.step_seconds),
-        "steps": result.step_seconds,
-        "decode": result.decode_seconds,
-    }
-
-
-def _measured(result: Generation, dense: Generation | None) -> dict[str, float] | None:
-    if dense is None:
-        return None
-    from dit_accel.eval.fidelity import psnr, ssim
-
-    return {
-        "psnr": psnr(result.frames, dense.frames),
-        "ssim": ssim(result.frames, dense.frames),
-        "step_time_ratio": median(result.step_seconds) / median(dense.step_seconds),
-        "total_time_ratio": result.seconds / dense.seconds,
-    }
-
-
-def _tell(record: dict[str, Any], result: Generation) -> None:
-    from rich.table import Table
-
-    from dit_accel.density import in_words
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    asked = record["density_asked"]
-    shown = ", ".join(
-        f"{name}={value}" for name, value in record["options"].items() if name != "density"
-    )
-    rows = {
-        "method": record["method"] + (f" ({shown})" if shown else ""),
-        "density": ("" if asked is None else f"{in_words(asked)} asked, ")
-        + f"{result.density:.3f} measured",
-        "clip": f"{record['frames']} frames of {record['width']}x{record['height']}, "
-        f"{record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}",
-        "time": f"{record['seconds']['step_median']:.2f} s per step, "
-        f"{record['seconds']['total']:.1f} s in all, on {record['device']} in {record['dtype']}",
-    }
-    compared = record["compared"]
-    if compared is not None:
-        dense = record["dense_seconds"]["step_median"]
-        rows["to dense"] = (
-            f"PSNR {compared['psnr']:.2f} dB, SSIM {compared['ssim']:.4f}, "
-            f"{compared['step_time_ratio']:.2f}x its time per step ({dense:.2f} s)"
-        )
-        rows["compare"] = record["compare_out"]
-    rows["file"] = record["out"]
-    for name, text in rows.items():
-        table.add_row(name, text)
-    out.print(table, highlight=False, soft_wrap=True)

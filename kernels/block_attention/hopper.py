@@ -23,7 +23,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_attention.api import RestTerms
-from dit_accel.kernels.block_attention.triton import WEIGHTS, Problem, rest_tables
+from dit_accel.kernels.block_attention.problem import Problem
+from dit_accel.kernels.block_attention.triton import WEIGHTS, rest_tables
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT
 from dit_accel.kernels.specimen import Specimen

@@ -7,8 +7,7 @@ mask, the others with one. The next tile's place is read one turn ahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,120 +17,34 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
-from dit_accel.kernels.gather import gather_rows
+from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
+from dit_accel.kernels.block_attention.problem import (
+    Problem,
+    packed,
+    pooled_parts,
+    table_of,
+    tiles_of,
+)
 from dit_accel.kernels.merge.triton import merge
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
     BLOCK_BIT,
     LENGTH_BITS,
     START_BIT,
-    Compact,
-    Pooled,
-    Tiles,
     compact,
     pooled,
     remembered,
-    tiles,
 )
 from dit_accel.kernels.specimen import Specimen
 
 LOG2E = 1.4426950408889634
 _POOLED_BOX, _POOLED_TILE = 8, 16
 """Means in a tile: a block of 64 keys has 8 of the coarsest level, and a product wants 16."""
-_LIST_BYTES = 256 * 2**20
-"""What the lists of pooled tiles may take at once."""
-_AHEAD = 16
-"""Empty entries after every list: what a kernel may read beyond it."""
 WEIGHTS = {"plain": 0, "second": 1, "gaussian": 2}
 _BITS = tl.constexpr(START_BIT)
 _COUNT = tl.constexpr(LENGTH_BITS)
 _BLOCK = tl.constexpr(BLOCK_BIT)
-_LEVEL = tl.constexpr((1 << BLOCK_BIT) - 1)
 _MASK = tl.constexpr((1 << LENGTH_BITS) - 1)
-_SHAPE = tl.constexpr((1 << START_BIT) - 1)
-
-
-@triton.jit(
-    do_not_specialize=[
-        *("heads", "rows", "columns", "num_tiles"),
-        *("code_b", "code_h", "tile_b", "tile_h"),
-    ]
-)
-def pack_kernel(
-    code,
-    block,
-    span,
-    listed,
-    counts,
-    heads,
-    rows,
-    columns,
-    num_tiles,
-    code_b,
-    code_h,
-    tile_b,
-    tile_h,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
-    """The exact tiles of a row of a plan: those of full length first, each part in rising order."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    codes = code + b * code_b + h * code_h + row.to(tl.int64) * columns
-    at = b * tile_b + h * tile_h
-    place = head.to(tl.int64) * rows + row
-    target = listed + place * (num_tiles + AHEAD)
-    done = 0
-    for part in tl.static_range(2):
-        for first in range(0, num_tiles, CHUNK):
-            number = first + tl.arange(0, CHUNK)
-            inside = number < num_tiles
-            where = tl.load(span + at + number, mask=inside, other=0)
-            # of full length, and no means
-            plain = (where & _SHAPE) == SIZE
-            wanted = plain if part == 0 else (where != 0) & (plain == 0)
-            of = tl.load(block + at + number, mask=inside, other=0)
-            kind = tl.load(codes + (of >> _BLOCK), mask=inside, other=0)
-            chosen = wanted & (kind == (of & _LEVEL))
-            rank = tl.cumsum(chosen.to(tl.int32), 0)
-            tl.store(target + done + rank - 1, where, mask=chosen)
-            done += tl.sum(chosen.to(tl.int32), 0)
-        tl.store(counts + place * 2 + part, done)
-    # some more, which are read ahead and hold nothing
-    tl.store(target + done + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
-
-
-@triton.jit(do_not_specialize=["heads", "rows", "height", "base", "span_b", "span_h"])
-def pool_kernel(
-    table,
-    span,
-    heads,
-    rows,
-    height,
-    base,
-    span_b,
-    span_h,
-    LEVEL: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Means of up to so many rows of a table, written behind them."""
-    head = tl.program_id(1)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = place < rows
-    where = tl.load(span + b * span_b + h * span_h + place, mask=inside, other=0)
-    count = where & _MASK
-    depth = tl.arange(0, D)[None, :]
-    own = table + head.to(tl.int64) * height * D
-    total = tl.zeros([ROWS, D], tl.float32)
-    for i in tl.static_range(LEVEL):
-        row = ((where >> _BITS) + i)[:, None] * D + depth
-        total += tl.load(own + row, mask=(i < count)[:, None], other=0.0).to(tl.float32)
-    mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
-    target = own + (base + place)[:, None] * D + depth
-    tl.store(target, mean.to(table.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -296,44 +209,6 @@ def attend_kernel(
     tl.store(lse + head.to(tl.int64) * length + token, norm, mask=inside)
 
 
-def gathered(x: Tensor, order: Compact) -> Tensor:
-    """``[B, H, L, D]``, contiguous, in the order; zero where it has -1."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    gather_rows(x, order.perm, out, 0, x.shape[0] * x.shape[1])
-    return out
-
-
-def _tiles(order: Compact, length: int, size: int, longest: int | None) -> Tiles:
-    return remembered(
-        order.perm,
-        order.offsets,
-        (size, longest),
-        lambda: tiles(order.offsets, length, size, longest),
-    )
-
-
-class Problem(NamedTuple):
-    """A call as kernels read it: queries and keys in order, a packed plan, where results go."""
-
-    q: Tensor  # [B, H, L, D], rows of any stride
-    keys: Tensor  # [B, H, L, D], contiguous, in order
-    values: Tensor
-    queries: Compact
-    q_tiles: Tiles
-    listed: Tensor  # int32 [B, H, Nq, T + 2], the exact tiles of every row
-    counts: Tensor  # int32 [B, H, Nq, 2], tiles of full length, and all
-    code: Tensor
-    scale: float
-    out: Tensor  # [B, H, L, D], contiguous
-    lse: Tensor  # [B, H, L]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tiles of queries, and heads."""
-        return self.q_tiles.span.shape[-1], self.q.shape[0] * self.q.shape[1]
-
-
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -356,7 +231,7 @@ def block_attention(
     chosen = {**_setting(q, k_longest), **(setting or {})}
     bm, bn, on_hopper = chosen.pop("BM"), chosen.pop("BN"), chosen.pop("hopper")
     queries, keys = compact(q_perm, q_offsets, None), compact(k_perm, k_offsets, key_valid)
-    q_tiles = _tiles(queries, q.shape[2], bm, q_longest)
+    q_tiles = tiles_of(queries, q.shape[2], bm, q_longest)
     code = code.contiguous()
     length = k.shape[2]
     pyramid = None
@@ -368,14 +243,16 @@ def block_attention(
             ("pooled", levels, box, k_longest),
             lambda: pooled(keys.offsets, length, levels, box, k_longest),
         )
-    tables = [_table(x, keys, pyramid) for x in (k, v)]
-    k_tiles = _tiles(keys, length, bn, k_longest)
+    k_tiles = tiles_of(keys, length, bn, k_longest)
+    listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
-        *tables,
+        table_of(k, keys, pyramid),
+        table_of(v, keys, pyramid),
         queries,
         q_tiles,
-        *packed(code, k_tiles, q.shape[0], q.shape[1], bn),
+        listed,
+        counts,
         code,
         scale,
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
@@ -396,93 +273,11 @@ def block_attention(
 
     attend(problem, rest, bn, onto)
     if pyramid is not None:
-        for part in _parts(problem, pyramid, box):
+        for part in pooled_parts(problem, pyramid, box):
             # Hopper's kernel reads a row before it writes it
             before = part.out, part.lse
             attend(part, None, box, before if on_hopper else tuple(x.clone() for x in before))
     return problem.out, problem.lse
-
-
-def _table(x: Tensor, order: Compact, pyramid: Pooled | None) -> Tensor:
-    """Keys or values in the order, and behind them the means of every level."""
-    if pyramid is None:
-        return gathered(x, order)
-    batch, heads, length, depth = x.shape
-    table = torch.empty(batch, heads, pyramid.height, depth, dtype=x.dtype, device=x.device)
-    table[:, :, :length] = gathered(x, order)
-    base = length
-    for level, span in pyramid.rows.items():
-        rows = span.shape[-1]
-        pool_kernel[(triton.cdiv(rows, 64), batch * heads)](
-            table,
-            span,
-            heads,
-            rows,
-            pyramid.height,
-            base,
-            *lead_strides(span),
-            LEVEL=level,
-            D=depth,
-            ROWS=64,
-        )
-        base += rows
-    return table
-
-
-def _parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Problem]:
-    """The pooled tiles of a problem, some heads at a time: their lists are long."""
-    batch, heads, rows, _ = problem.counts.shape
-    each = rows * (pyramid.tiles.span.shape[-1] + _AHEAD) * 4
-    step = max(1, _LIST_BYTES // each)
-    for b in range(batch):
-        for h in range(0, heads, step):
-
-            def cut(x: Tensor, b: int = b, h: int = h) -> Tensor:
-                x = x[b : b + 1] if x.shape[0] > 1 else x
-                return x[:, h : h + step] if x.shape[1] > 1 else x
-
-            q, code = cut(problem.q), cut(problem.code).contiguous()
-            found = Tiles(*(cut(x) for x in pyramid.tiles))
-            listed, counts = packed(code, found, 1, q.shape[1], size)
-            yield problem._replace(
-                q=q,
-                keys=cut(problem.keys),
-                values=cut(problem.values),
-                queries=Compact(*(cut(x) for x in problem.queries)),
-                q_tiles=Tiles(*(cut(x) for x in problem.q_tiles)),
-                listed=listed,
-                counts=counts,
-                code=code,
-                out=cut(problem.out),
-                lse=cut(problem.lse),
-            )
-
-
-def packed(
-    code: Tensor, k_tiles: Tiles, batch: int, heads: int, size: int
-) -> tuple[Tensor, Tensor]:
-    """Every row's exact tiles as a list, ``[B, H, Nq, T + 2]``, and how many, ``[B, H, Nq, 2]``."""
-    rows, columns = code.shape[2:]
-    num_tiles = k_tiles.span.shape[-1]
-    listed = code.new_empty((batch, heads, rows, num_tiles + _AHEAD), dtype=torch.int32)
-    counts = code.new_empty((batch, heads, rows, 2), dtype=torch.int32)
-    pack_kernel[(rows, batch * heads)](
-        code,
-        k_tiles.block,
-        k_tiles.span,
-        listed,
-        counts,
-        heads,
-        rows,
-        columns,
-        num_tiles,
-        *lead_strides(code),
-        *lead_strides(k_tiles.span),
-        SIZE=size,
-        CHUNK=1024,
-        AHEAD=_AHEAD,
-    )
-    return listed, counts
 
 
 def _attend(
@@ -594,7 +389,7 @@ def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, 
     return Specimen(name, attend_kernel, signature, constants, options)
 
 
-SPECIMENS = (
+SPECIMENS = PLAN_SPECIMENS + (
     [
         _specimen(
             f"attend {dtype} D{depth}{' rest' if rest else ''}",

@@ -73,6 +73,35 @@ def test_every_token_once_text_last_and_in_order(layout, grid, text):
             assert perm[boundary:].tolist() == words
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_further_grids_have_blocks_of_their_own(layout):
+    """As if each were alone: in their order, their blocks, and text last."""
+    grids = ((2, 3, 5), (1, 4, 4), (1, 1, 3))
+    geometry = Geometry(grids[0], slice(0, 9), more=grids[1:])
+    assert (geometry.num_video, geometry.length) == (49, 58)
+    x = torch.zeros(1, 1, 58, 2)
+    for layer in range(3):
+        made = layout(x, x, x, Context(geometry, layer=layer), 1.0)
+        for side in ("queries", "keys"):
+            blocks = getattr(made, side)
+            perm, sizes = blocks.perm[0, 0].tolist(), blocks.sizes[0, 0].tolist()
+            first = 9
+            for grid in grids:
+                alone = getattr(blocked(layout, grid, layer=layer), side)
+                count = alone.perm.shape[-1]
+                assert perm[:count] == (alone.perm[0, 0] + first).tolist()
+                assert sizes[: alone.num_blocks] == alone.sizes[0, 0].tolist()
+                perm, sizes, first = perm[count:], sizes[alone.num_blocks :], first + count
+            assert perm == list(range(9))
+            assert len(sizes) == blocks.num_blocks - blocks.num_video
+
+
+def test_further_grids_are_checked():
+    for wrong in ((1, 2), (1, 2, 0), (1, True, 3)):
+        with pytest.raises(InputError, match="grid: expected three"):
+            Geometry((1, 2, 3), more=(wrong,))
+
+
 def test_gilbert_walks_from_neighbour_to_neighbour():
     """All steps go to one of the six neighbours on even grids, and to one of the 26 on any grid."""
     for grid in itertools.product((1, 2, 3, 4, 5, 6, 7, 8, 11, 12), repeat=3):

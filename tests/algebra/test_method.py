@@ -1,11 +1,15 @@
 """Methods and `attention` as a whole."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import dit_accel
 from dit_accel import Context, Geometry, InputError, Method, Schedule, State, presets
+from dit_accel.attend import attend_all
+from dit_accel.partial import merge
 
 LAYOUTS = ("raster", "gilbert", "tile3d", "cyclic")
 RESTS = ("drop", "centroid", "taylor", "moment")
@@ -52,6 +56,27 @@ def test_full_density_is_dense(layout, rest, taylor):
             torch.testing.assert_close(out, dense64(q, k, v), rtol=0, atol=1e-13)
             assert report.density == 1.0
             assert (report.head_density == 1.0).all()
+
+
+def test_a_partial_merges_with_attention_to_yet_other_keys():
+    """As for references that stand beside the sequence."""
+    q, k, v = inputs(2, 2, 105, 8)
+    more_k, more_v = (torch.randn_like(x[:, :, :7]) for x in (k, v))
+    ctx = Context(Geometry((3, 5, 7)))
+    method = presets.pisa(density=1.0, block_size=8)
+    partial, report = method.partial(q, k, v, ctx)
+    merged = merge(partial, attend_all(q, more_k, more_v)).out
+    wanted = dense64(q, torch.cat([k, more_k], 2), torch.cat([v, more_v], 2))
+    torch.testing.assert_close(merged, wanted, rtol=0, atol=1e-13)
+    assert report.density == 1.0
+    sparse = presets.pisa(density=0.2, block_size=8)
+    assert torch.equal(sparse.partial(q, k, v, ctx)[0].out, sparse(q, k, v, ctx)[0])
+    dense = presets.pisa(density=0.2, dense_steps=1)
+    partial, report = dense.partial(q, k, v, ctx)
+    torch.testing.assert_close(partial.out, dense64(q, k, v), rtol=0, atol=1e-13)
+    assert report.density == 1.0
+    with pytest.raises(InputError, match="got 'sdpa', which gives no normaliser"):
+        replace(dense, backend="sdpa").partial(q, k, v, ctx)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

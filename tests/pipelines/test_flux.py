@@ -14,36 +14,16 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
 )
+from spy import spying
 
 import dit_accel
-from dit_accel import InputError, Method, Schedule, presets
-from dit_accel.layout import LAYOUTS
-from dit_accel.pipelines import processor, session_of
-from dit_accel.pipelines.flux import FluxProcessor, _geometry
+from dit_accel import InputError, presets
+from dit_accel.pipelines import session_of
+from dit_accel.pipelines.flux import FluxProcessor
 from dit_accel.pipelines.plug import prepare
 from dit_accel.pipelines.session import ATTRIBUTE
-from dit_accel.rest import Centroid
-from dit_accel.route import PooledScore
 
 SPARSE = {"density": 0.25, "block_size": 4}
-
-
-class Spy:
-    """A route that notes where it was called."""
-
-    needs = ()
-
-    def __init__(self):
-        self.seen = []
-        self.inner = PooledScore(density=0.3, bias=False)
-
-    def __call__(self, blocked, rest, ctx):
-        self.seen.append((ctx.step, ctx.num_steps, ctx.layer, ctx.branch, ctx.geometry))
-        return self.inner(blocked, rest, ctx)
-
-
-def spying(**schedule):
-    return Method(LAYOUTS["raster"](4), Spy(), Centroid(), Schedule(**schedule), name="spy")
 
 
 @pytest.fixture(scope="module")
@@ -198,16 +178,6 @@ def test_layers_count_both_kinds_of_block_in_order(model):
         dit_accel.accelerate(model, "pisa", dense_layers=(4,))
 
 
-def test_a_batch_of_two_is_two_batches_of_one(model):
-    model.double()
-    call = given(batch=2, dtype=torch.float64)
-    dit_accel.accelerate(model, "pisa", **SPARSE)
-    both = run(model, call)
-    for i in range(2):
-        one = {k: v if k.endswith("_ids") else v[i : i + 1] for k, v in call.items()}
-        torch.testing.assert_close(both[i : i + 1], run(model, one), rtol=1e-9, atol=1e-9)
-
-
 def test_half_precision(model):
     model.bfloat16()
     call = given(dtype=torch.bfloat16)
@@ -219,33 +189,6 @@ def test_half_precision(model):
     assert got.dtype == torch.bfloat16
     # a rounding of bf16 (2^-8) in each of four blocks, of values of about 1
     torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
-
-
-def test_restore_leaves_nothing_behind(model):
-    call = given()
-    wanted = run(model, call)
-    before = dict(model.attn_processors)
-    dit_accel.accelerate(model, "pisa", **SPARSE)
-    assert not torch.equal(run(model, call), wanted)
-    assert dit_accel.restore(model) is model
-    after = model.attn_processors
-    assert all(after[name] is before[name] for name in before)
-    assert torch.equal(run(model, call), wanted)
-    for module in model.modules():
-        assert not [name for name in vars(module) if "dit_accel" in name]
-        assert not module._forward_pre_hooks
-
-
-def test_one_instance_for_every_module(model):
-    call = given()
-    dit_accel.accelerate(model, "pisa", **SPARSE)
-    wanted = run(model, call)
-    dit_accel.restore(model)
-    model.set_attn_processor(processor(model, "pisa", **SPARSE))
-    assert len({id(one) for one in model.attn_processors.values()}) == 1
-    assert torch.equal(run(model, call), wanted)
-    dit_accel.restore(model)
-    assert all(type(one) is FluxAttnProcessor for one in model.attn_processors.values())
 
 
 def test_a_pipeline_tells_steps_and_branches(pipe):
@@ -280,53 +223,32 @@ def test_pictures_of_another_size_after_the_first(pipe):
     assert grids == [(1, 6, 5)] * 12 + [(1, 5, 6)] * 12
 
 
-def test_kontext_has_its_reference_for_a_second_frame(model):
+@pytest.mark.parametrize("size", [(6, 5), (4, 7), (1, 3)])
+def test_kontext_has_a_grid_for_its_reference_of_whatever_size(model, size):
     pipe = _pipe(FluxKontextPipeline, model)
-    call = {"image": torch.randn(1, 16, 12, 10), "max_area": 96 * 80}
+    rows, columns = size
+    call = {"image": torch.randn(1, 16, 2 * rows, 2 * columns), "max_area": 96 * 80}
     wanted = go(pipe, **call)
     method = spying()
     dit_accel.accelerate(pipe, method)
     assert not torch.equal(go(pipe, **call), wanted)
-    assert {where.grid for *_, where in method.route.seen} == {(2, 6, 5)}
+    for *_, where in method.route.seen:
+        assert (where.grid, where.more, where.text) == ((1, 6, 5), ((1, *size),), slice(0, 10))
     dit_accel.accelerate(pipe, "pisa", density=1.0, block_size=4)
     torch.testing.assert_close(go(pipe, **call), wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_a_reference_of_another_size_is_refused_unless_processors_are_stock(model):
-    call = given((6, 5), (4, 3))
+def test_positions_that_make_no_grid_are_refused_unless_processors_are_stock(model):
+    call = given()
+    call["img_ids"] = call["img_ids"].flip(0)
     wanted = run(model, call)
     prepare(model)
     assert torch.equal(run(model, call), wanted)
     dit_accel.accelerate(model, "pisa")
-    with pytest.raises(InputError, match=r"img_ids: expected .* got 42 of 2 image\(s\), 6 rows"):
+    with pytest.raises(InputError, match=r"img_ids: expected .* got 30 of one image that make no"):
         run(model, call)
     dit_accel.restore(model)
     assert torch.equal(run(model, call), wanted)
-
-
-def test_the_grid_is_read_from_positions(model):
-    text = {"encoder_hidden_states": torch.zeros(2, 10, 32)}
-
-    def grid(ids):
-        return _geometry(model, {"img_ids": ids, **text}).grid
-
-    ids = positions((200, 3))
-    assert grid(ids) == (1, 200, 3)
-    assert grid(ids.bfloat16()) == (1, 200, 3)
-    assert grid(ids.unsqueeze(0)) == (1, 200, 3)
-    assert grid(ids + torch.tensor([2, 5, 7])) == (1, 200, 3)
-    with torch.inference_mode():
-        assert grid(positions((3, 2))) == (1, 3, 2)
-    ids.copy_(positions((3, 200)))  # the same tensor, with other contents
-    assert grid(ids) == (1, 3, 200)
-    for wrong, got in (
-        (positions((6, 5)).flip(0), "got 30 of 1"),
-        (positions((6, 5))[:-1], "got 29 of 1"),
-        (positions((6, 5))[:, :2], r"positions \[L, 3\], got \[30, 2\]"),
-        (None, r"positions \[L, 3\], got NoneType"),
-    ):
-        with pytest.raises(InputError, match=got):
-            grid(wrong)
 
 
 def test_ip_adapters_are_refused(model):

@@ -1,12 +1,16 @@
 """One measured generation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from specimens import EVERY, picture
 
 import dit_accel
 from dit_accel import InputError
-from dit_accel.pipelines.generate import Request, effective, generate
+from dit_accel.pipelines.generate import generate
 from dit_accel.pipelines.plug import prepare
+from dit_accel.pipelines.request import Request, effective, kind_named, kind_of
 
 SHORT = {"height": 64, "width": 48, "frames": 5, "steps": 3, "guidance": 2.0}
 
@@ -28,6 +32,115 @@ def test_measures_what_it_generates(pipe):
     assert not [
         hook for hook in pipe.transformer._forward_pre_hooks.values() if "begin" in str(hook)
     ]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_family(loaded_family, name):
+    specimen = EVERY[name]
+    pipe = loaded_family(specimen)
+    kind = kind_of(pipe)
+    dit_accel.accelerate(pipe, "pisa", density=0.25, block_size=4, dense_steps=1)
+    fields = {mine: specimen.call.get(theirs) for mine, theirs in kind.arguments.items()}
+    fields["image"] = picture(80, 64) if specimen.image else None
+    guider = pipe.components.get("guider")
+    ask = Request("a red circle", **fields)
+    if name == "kontext":  # it takes its references at about a million pixels
+        ask = replace(ask, image=None)
+    result = generate(pipe, ask)
+    steps = specimen.call["num_inference_steps"]
+    frames, _, rows, columns = result.frames.shape
+    assert frames == specimen.call.get("num_frames", 1)
+    if name == "hunyuan15_i2v":
+        assert (rows, columns) == (64, 64), "of the model's size, in about the image's shape"
+    else:
+        assert (rows, columns) == (specimen.call["height"], specimen.call["width"])
+    assert 0 <= result.frames.min() < result.frames.max() <= 1
+    assert len(result.step_seconds) == steps
+    assert result.by_step[0] == 1.0 > result.by_step[steps - 1]
+    assert "step" not in vars(pipe.scheduler)
+    assert pipe.components.get("guider") is guider
+
+
+def test_an_image_reaches_the_model(loaded_family, monkeypatch):
+    module = "diffusers.pipelines.flux.pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS"
+    monkeypatch.setattr(module, [(80, 96), (48, 64)])
+    for name in ("kontext", "klein_image", "flux2_image", "klein_kv_image", "wan_i2v"):
+        pipe = loaded_family(EVERY[name])
+        prepare(pipe)
+        ask = Request("a red circle", height=64, width=48, steps=1)
+        if kind_of(pipe).video:
+            ask = replace(ask, frames=5)
+        one = generate(pipe, replace(ask, image=picture(80, 64))).frames
+        two = generate(pipe, replace(ask, image=picture(64, 80).rotate(90))).frames
+        assert one.shape == two.shape == (ask.frames or 1, 3, 64, 48)
+        assert not torch.equal(one, two)
+
+
+def test_one_side_of_kontext_leaves_the_other_to_the_model(loaded_family, monkeypatch):
+    pipe = loaded_family(EVERY["kontext"])
+    prepare(pipe)
+    monkeypatch.setattr(pipe, "default_sample_size", 10)  # of eight pixels
+    ask = Request("a red circle", height=48, steps=1)
+    assert generate(pipe, ask).frames.shape == (1, 3, 48, 80)
+
+
+def test_guidance_of_a_component(loaded_family):
+    pipe = loaded_family(EVERY["hunyuan15"])
+    prepare(pipe)
+    fields = {"height": 64, "width": 64, "frames": 5, "steps": 1}
+    assert effective(pipe, Request("a red circle", **fields)).guidance == 3.0
+    weak, strong = (
+        generate(pipe, Request("a red circle", guidance=scale, **fields)).frames
+        for scale in (3.0, 9.0)
+    )
+    assert not torch.equal(weak, strong)
+    assert pipe.guider.config.guidance_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("flux_dev", {"frames": 5}, "frames: expected none for a FluxPipeline, since it makes one"),
+        ("flux_dev", {"negative_prompt": "x"}, "one counts only beside a true_cfg_scale"),
+        ("flux_dev", {"image": picture(64, 64)}, "since it starts from text alone, got one"),
+        ("flux_dev", {"height": 100}, "height: expected a multiple of 16, got 100"),
+        ("flux_schnell", {"guidance": 2.0}, "checkpoint was distilled to do without, got 2"),
+        ("klein_kv", {"guidance": 2.0}, "since it was distilled to do without, got 2.0"),
+        ("klein", {"negative_prompt": "x"}, "since it takes none, got 'x'"),
+        ("wan_i2v", {}, "image: expected one, which a WanImageToVideoPipeline starts from"),
+        ("wan", {"image": picture(64, 64)}, "since it starts from text alone"),
+        ("hunyuan", {"negative_prompt": "x"}, "one counts only beside a true_cfg_scale"),
+        ("hunyuan15_i2v", {"height": 64}, "since it follows the image's shape"),
+        ("hunyuan15", {"height": 64}, "expected both or neither for a Hun.*, got 64 and None"),
+        ("hunyuan15", {"frames": 6}, "frames: expected one more than a multiple of 4, got 6"),
+    ],
+)
+def test_what_a_pipeline_has_no_use_for(loaded_family, name, change, message):
+    pipe = loaded_family(EVERY[name])
+    with pytest.raises(InputError, match=message):
+        effective(pipe, Request("a red circle", **change))
+
+
+def test_a_pipeline_that_is_not_known():
+    with pytest.raises(InputError, match=r"got a FluxFillPipeline.* can be called from Python"):
+        kind_named("FluxFillPipeline")
+
+
+def test_a_broken_call_gives_everything_back(loaded_family, monkeypatch):
+    pipe = loaded_family(EVERY["hunyuan15"])
+    prepare(pipe)
+    guider = pipe.guider
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pipe.vae, "decode", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(pipe, Request("x", height=64, width=64, frames=5, steps=1, guidance=2.0))
+    assert "step" not in vars(pipe.scheduler)
+    assert pipe.guider is guider
+    hooks = pipe.transformer._forward_pre_hooks.values()
+    assert not [hook for hook in hooks if "begin" in str(hook)]
 
 
 def test_the_seed_decides(pipe):

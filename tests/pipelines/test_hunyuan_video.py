@@ -9,16 +9,12 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from spy import spying
 
 import dit_accel
-from dit_accel import InputError, Method, Schedule, presets
-from dit_accel.layout import LAYOUTS
-from dit_accel.pipelines import processor, session_of
+from dit_accel import InputError, presets
+from dit_accel.pipelines import session_of
 from dit_accel.pipelines.hunyuan_video import HunyuanVideoProcessor
-from dit_accel.rest import Centroid
-from dit_accel.route import PooledScore
 
 SPARSE = {"density": 0.25, "block_size": 4}
 SMALL = {
@@ -33,24 +29,6 @@ SMALL = {
     "pooled_projection_dim": 8,
     "rope_axes_dim": (4, 6, 6),
 }
-
-
-class Spy:
-    """A route that notes where it was called."""
-
-    needs = ()
-
-    def __init__(self):
-        self.seen = []
-        self.inner = PooledScore(density=0.3, bias=False)
-
-    def __call__(self, blocked, rest, ctx):
-        self.seen.append((ctx.step, ctx.num_steps, ctx.layer, ctx.branch, ctx.geometry))
-        return self.inner(blocked, rest, ctx)
-
-
-def spying(**schedule):
-    return Method(LAYOUTS["raster"](4), Spy(), Centroid(), Schedule(**schedule), name="spy")
 
 
 def random_model(**changes):
@@ -202,17 +180,6 @@ def test_padded_text_changes_nothing(model, options):
     torch.testing.assert_close(run(model, short), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_a_batch_of_two_is_two_batches_of_one(model):
-    model.double()
-    call = given(lengths=(9, 2), dtype=torch.float64)
-    dit_accel.accelerate(model, "pisa", **SPARSE)
-    both = run(model, call)
-    for i in range(2):
-        torch.testing.assert_close(
-            both[i : i + 1], run(model, one_of(call, i)), rtol=1e-9, atol=1e-9
-        )
-
-
 def test_layers_count_both_kinds_of_block_in_order(model):
     method = spying()
     dit_accel.accelerate(model, method)
@@ -242,41 +209,6 @@ def test_half_precision(model):
     assert got.dtype == torch.bfloat16
     # a rounding of bf16 (2^-8) in each of four blocks, of values of about 1
     torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
-
-
-def test_restore_leaves_nothing_behind(model):
-    call = given()
-    wanted = run(model, call)
-    before = dict(model.attn_processors)
-    dit_accel.accelerate(model, "pisa", **SPARSE)
-    assert not torch.equal(run(model, call), wanted)
-    refiner = [one for name, one in model.attn_processors.items() if "refiner" in name]
-    assert [type(one) for one in refiner] == [AttnProcessor2_0]
-    assert dit_accel.restore(model) is model
-    after = model.attn_processors
-    assert all(after[name] is before[name] for name in before)
-    assert torch.equal(run(model, call), wanted)
-    for module in model.modules():
-        assert not [name for name in vars(module) if "dit_accel" in name]
-        assert not module._forward_pre_hooks
-
-
-def test_one_instance_for_every_module(model):
-    """diffusers' own setter, which also reaches the refiner of the text."""
-    call = given(lengths=(7, 3))
-    stock = run(model, call)
-    dit_accel.accelerate(model, "pisa", **SPARSE)
-    wanted = run(model, call)
-    dit_accel.restore(model)
-    model.set_attn_processor(processor(model, "dense"))
-    assert torch.equal(run(model, call), stock)
-    model.set_attn_processor(processor(model, "pisa", **SPARSE))
-    assert len({id(one) for one in model.attn_processors.values()}) == 1
-    assert torch.equal(run(model, call), wanted)
-    dit_accel.restore(model)
-    for name, one in model.attn_processors.items():
-        refiner = name.startswith("context_embedder")
-        assert type(one) is (AttnProcessor2_0 if refiner else HunyuanVideoAttnProcessor2_0)
 
 
 def test_a_pipeline_tells_steps_and_branches(pipe):

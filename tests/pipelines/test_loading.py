@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from specimens import EVERY, go
 
 import dit_accel
 from dit_accel import InputError, presets
@@ -46,6 +47,37 @@ def test_dtype_device_and_options(saved):
     assert pipe.transformer.dtype == torch.bfloat16
     pipe = load(saved, dtype={"default": torch.bfloat16, "vae": torch.float32})
     assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_half_precision_of_every_family(saved_family, name):
+    """The dtypes that `load` chooses for a GPU; and what it loads with them runs."""
+    specimen = EVERY[name]
+    dtype = torch.bfloat16
+    if specimen.video:
+        dtype = {"default": torch.bfloat16, "vae": torch.float32}
+    pipe = load(saved_family(specimen), dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    for key, value in specimen.short.items():
+        setattr(pipe, key, value)
+    assert pipe.transformer.dtype == torch.bfloat16
+    pipe.set_attn_processor("pisa", density=0.25, block_size=4)
+    out = go(pipe, specimen, output_type="pt", num_inference_steps=1)
+    assert out.isfinite().all()
+    assert session_of(pipe).log.density < 1
+
+
+def test_a_variant(pipe, tmp_path):
+    pipe.transformer.half()
+    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="60KB")
+    shards = list((tmp_path / "transformer").glob("*.fp16-*.safetensors"))
+    assert len(shards) > 1
+    loaded = load(tmp_path, variant="fp16")
+    wanted = pipe.transformer.state_dict()
+    for key, value in loaded.transformer.state_dict().items():
+        assert torch.equal(value, wanted[key].float()), key
+    with pytest.raises(InputError, match=r"^model: "):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -48,42 +48,6 @@ def test_dense_through_ours_is_stock_to_the_bit(pipe, go):
     assert session_of(pipe).log.density == 1.0
 
 
-def test_full_density_is_dense(pipe):
-    """In fp64, where nothing but a wrong formula could tell them apart."""
-    transformer = pipe.transformer.double()
-    given = {
-        "hidden_states": torch.randn(2, 16, 3, 8, 6, dtype=torch.float64),
-        "timestep": torch.tensor([500.0, 500.0]),
-        "encoder_hidden_states": torch.randn(2, 512, 128, dtype=torch.float64),
-    }
-    with torch.no_grad():
-        wanted = transformer(**given).sample
-        for options in ({"layout": "gilbert"}, {"layout": "tile3d", "rest": "moment"}):
-            dit_accel.accelerate(transformer, "pisa", density=1.0, block_size=5, **options)
-            got = transformer(**given).sample
-            # cosines and sines of the rotary embedding, and the norms, are rounded to fp32 by both
-            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
-        dit_accel.accelerate(transformer, "pisa", density=0.2, block_size=5)
-        assert (transformer(**given).sample - wanted).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", [p.name for p in presets.catalogue() if p.name != "dense"])
-def test_every_method_runs_through_a_pipeline(pipe, go, name):
-    wanted = go(pipe)
-    known = presets.get(name).options
-    if "density" in known:
-        dit_accel.accelerate(pipe, name, density=1.0)
-        torch.testing.assert_close(go(pipe), wanted, rtol=1e-3, atol=1e-3)
-    dit_accel.accelerate(pipe, name, **{k: v for k, v in SPARSE.items() if k in known})
-    first = go(pipe)
-    assert first.isfinite().all()
-    assert not torch.equal(first, wanted)
-    assert torch.equal(go(pipe), first)
-    assert len(session_of(pipe).state) == 0
-    dit_accel.restore(pipe)
-    assert torch.equal(go(pipe), wanted)
-
-
 def test_restore_leaves_nothing_behind(pipe, go):
     wanted = go(pipe)
     before = dict(pipe.transformer.attn_processors)
@@ -236,22 +200,6 @@ def test_bare_transformer(pipe):
     ]
 
 
-def test_image_to_video_cross_attention_is_stock(make_pipe):
-    model = make_pipe(image_dim=20, added_kv_proj_dim=48).transformer
-    given = {
-        "hidden_states": torch.randn(1, 16, 3, 8, 6),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(1, 512, 128),
-        "encoder_hidden_states_image": torch.randn(1, 7, 20),
-    }
-    with torch.no_grad():
-        wanted = model(**given).sample
-        model.set_attn_processor(processor(model, "dense"))
-        assert torch.equal(model(**given).sample, wanted)
-        model.set_attn_processor(processor(model, "pisa", density=1.0, block_size=4))
-        torch.testing.assert_close(model(**given).sample, wanted, rtol=1e-4, atol=1e-5)
-
-
 def two_transformers(pipe, **changes):
     torch.manual_seed(1)
     other = copy.deepcopy(pipe.transformer)
@@ -294,21 +242,6 @@ def test_a_transformer_that_took_over_has_the_budget_to_itself(pipe, go):
     go(both, num_inference_steps=6)
     layers = len(both.transformer_2.blocks)
     assert max(most) == 2 * layers, "two guidance branches, and nothing of the first transformer"
-
-
-def test_timesteps_by_token(pipe, go):
-    """Wan2.2-5B."""
-    per_token = WanPipeline(**pipe.components, expand_timesteps=True)
-    per_token.set_progress_bar_config(disable=True)
-    wanted = go(per_token)
-    dit_accel.accelerate(per_token, "dense")
-    assert torch.equal(go(per_token), wanted)
-    method = spying()
-    dit_accel.accelerate(per_token, method)
-    go(per_token)
-    assert [step for step, _, layer, *_ in method.route.seen if layer == 0] == [
-        0, 0, 1, 1, 2, 2, 3, 3,
-    ]  # fmt: skip
 
 
 def test_the_scheduler_may_be_replaced(pipe, go):

@@ -1,0 +1,261 @@
+"""A call as kernels read it: keys in order, means behind them, and a plan as lists of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel.kernels.gather import gather_rows
+from dit_accel.kernels.order import lead_strides
+from dit_accel.kernels.packed import (
+    BLOCK_BIT,
+    LENGTH_BITS,
+    START_BIT,
+    Compact,
+    Pooled,
+    Tiles,
+    remembered,
+    tiles,
+)
+from dit_accel.kernels.specimen import Specimen, typed
+
+_AHEAD = 16
+"""Empty entries after every list: what a kernel may read beyond it."""
+_LIST_BYTES = 256 * 2**20
+"""What the lists of pooled tiles may take at once."""
+_CHUNK = 1024
+"""Tiles of a row that are looked at together."""
+_ROWS = 64
+"""Means that a program makes."""
+_BITS = tl.constexpr(START_BIT)
+_BLOCK = tl.constexpr(BLOCK_BIT)
+_LEVEL = tl.constexpr((1 << BLOCK_BIT) - 1)
+_MASK = tl.constexpr((1 << LENGTH_BITS) - 1)
+_SHAPE = tl.constexpr((1 << START_BIT) - 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "rows", "columns", "num_tiles"),
+        *("code_b", "code_h", "tile_b", "tile_h"),
+    ]
+)
+def pack_kernel(
+    code,
+    block,
+    span,
+    listed,
+    counts,
+    heads,
+    rows,
+    columns,
+    num_tiles,
+    code_b,
+    code_h,
+    tile_b,
+    tile_h,
+    SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """The exact tiles of a row of a plan: those of full length first, each part in rising order."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    codes = code + b * code_b + h * code_h + row.to(tl.int64) * columns
+    at = b * tile_b + h * tile_h
+    place = head.to(tl.int64) * rows + row
+    target = listed + place * (num_tiles + AHEAD)
+    done = 0
+    for part in tl.static_range(2):
+        for first in range(0, num_tiles, CHUNK):
+            number = first + tl.arange(0, CHUNK)
+            inside = number < num_tiles
+            where = tl.load(span + at + number, mask=inside, other=0)
+            # of full length, and no means
+            plain = (where & _SHAPE) == SIZE
+            wanted = plain if part == 0 else (where != 0) & (plain == 0)
+            of = tl.load(block + at + number, mask=inside, other=0)
+            kind = tl.load(codes + (of >> _BLOCK), mask=inside, other=0)
+            chosen = wanted & (kind == (of & _LEVEL))
+            rank = tl.cumsum(chosen.to(tl.int32), 0)
+            tl.store(target + done + rank - 1, where, mask=chosen)
+            done += tl.sum(chosen.to(tl.int32), 0)
+        tl.store(counts + place * 2 + part, done)
+    # some more, which are read ahead and hold nothing
+    tl.store(target + done + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "height", "base", "span_b", "span_h"])
+def pool_kernel(
+    table,
+    span,
+    heads,
+    rows,
+    height,
+    base,
+    span_b,
+    span_h,
+    LEVEL: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Means of up to so many rows of a table, written behind them."""
+    head = tl.program_id(1)
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = place < rows
+    where = tl.load(span + b * span_b + h * span_h + place, mask=inside, other=0)
+    count = where & _MASK
+    depth = tl.arange(0, D)[None, :]
+    own = table + head.to(tl.int64) * height * D
+    total = tl.zeros([ROWS, D], tl.float32)
+    for i in tl.static_range(LEVEL):
+        row = ((where >> _BITS) + i)[:, None] * D + depth
+        total += tl.load(own + row, mask=(i < count)[:, None], other=0.0).to(tl.float32)
+    mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
+    target = own + (base + place)[:, None] * D + depth
+    tl.store(target, mean.to(table.dtype.element_ty), mask=inside[:, None])
+
+
+def gathered(x: Tensor, order: Compact) -> Tensor:
+    """``[B, H, L, D]``, contiguous, in the order; zero where it has -1."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gather_rows(x, order.perm, out, 0, x.shape[0] * x.shape[1])
+    return out
+
+
+def tiles_of(order: Compact, length: int, size: int, longest: int | None) -> Tiles:
+    """Tiles of an order's blocks, remembered."""
+    return remembered(
+        order.perm,
+        order.offsets,
+        (size, longest),
+        lambda: tiles(order.offsets, length, size, longest),
+    )
+
+
+class Problem(NamedTuple):
+    """A call as kernels read it: queries and keys in order, a packed plan, where results go."""
+
+    q: Tensor  # [B, H, L, D], rows of any stride
+    keys: Tensor  # [B, H, L, D], contiguous, in order
+    values: Tensor
+    queries: Compact
+    q_tiles: Tiles
+    listed: Tensor  # int32 [B, H, Nq, T + 2], the exact tiles of every row
+    counts: Tensor  # int32 [B, H, Nq, 2], tiles of full length, and all
+    code: Tensor
+    scale: float
+    out: Tensor  # [B, H, L, D], contiguous
+    lse: Tensor  # [B, H, L]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of queries, and heads."""
+        return self.q_tiles.span.shape[-1], self.q.shape[0] * self.q.shape[1]
+
+
+def packed(
+    code: Tensor, k_tiles: Tiles, batch: int, heads: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Every row's exact tiles as a list, ``[B, H, Nq, T + 2]``, and how many, ``[B, H, Nq, 2]``."""
+    rows, columns = code.shape[2:]
+    num_tiles = k_tiles.span.shape[-1]
+    listed = code.new_empty((batch, heads, rows, num_tiles + _AHEAD), dtype=torch.int32)
+    counts = code.new_empty((batch, heads, rows, 2), dtype=torch.int32)
+    pack_kernel[(rows, batch * heads)](
+        code,
+        k_tiles.block,
+        k_tiles.span,
+        listed,
+        counts,
+        heads,
+        rows,
+        columns,
+        num_tiles,
+        *lead_strides(code),
+        *lead_strides(k_tiles.span),
+        SIZE=size,
+        CHUNK=_CHUNK,
+        AHEAD=_AHEAD,
+    )
+    return listed, counts
+
+
+def table_of(x: Tensor, order: Compact, pyramid: Pooled | None) -> Tensor:
+    """Keys or values in the order, and behind them the means of every level."""
+    if pyramid is None:
+        return gathered(x, order)
+    batch, heads, length, depth = x.shape
+    table = torch.empty(batch, heads, pyramid.height, depth, dtype=x.dtype, device=x.device)
+    table[:, :, :length] = gathered(x, order)
+    base = length
+    for level, span in pyramid.rows.items():
+        rows = span.shape[-1]
+        pool_kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
+            table,
+            span,
+            heads,
+            rows,
+            pyramid.height,
+            base,
+            *lead_strides(span),
+            LEVEL=level,
+            D=depth,
+            ROWS=_ROWS,
+        )
+        base += rows
+    return table
+
+
+def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Problem]:
+    """The pooled tiles of a problem, some heads at a time: their lists are long."""
+    batch, heads, rows, _ = problem.counts.shape
+    each = rows * (pyramid.tiles.span.shape[-1] + _AHEAD) * 4
+    step = max(1, _LIST_BYTES // each)
+    for b in range(batch):
+        for h in range(0, heads, step):
+
+            def cut(x: Tensor, b: int = b, h: int = h) -> Tensor:
+                x = x[b : b + 1] if x.shape[0] > 1 else x
+                return x[:, h : h + step] if x.shape[1] > 1 else x
+
+            q, code = cut(problem.q), cut(problem.code).contiguous()
+            found = Tiles(*(cut(x) for x in pyramid.tiles))
+            listed, counts = packed(code, found, 1, q.shape[1], size)
+            yield problem._replace(
+                q=q,
+                keys=cut(problem.keys),
+                values=cut(problem.values),
+                queries=Compact(*(cut(x) for x in problem.queries)),
+                q_tiles=Tiles(*(cut(x) for x in problem.q_tiles)),
+                listed=listed,
+                counts=counts,
+                code=code,
+                out=cut(problem.out),
+                lse=cut(problem.lse),
+            )
+
+
+def _specimens() -> list[Specimen]:
+    pack = {"SIZE": 64, "CHUNK": _CHUNK, "AHEAD": _AHEAD}
+    pointers = {**dict.fromkeys(("block", "span", "listed", "counts"), "*i32"), "code": "*i8"}
+    pool = {"LEVEL": 8, "D": 128, "ROWS": _ROWS}
+    return [
+        Specimen("pack", pack_kernel, typed(pack_kernel, pack, **pointers), pack),
+        Specimen(
+            "pool bf16 D128",
+            pool_kernel,
+            typed(pool_kernel, pool, table="*bf16", span="*i32"),
+            pool,
+        ),
+    ]
+
+
+SPECIMENS = _specimens() if isinstance(pack_kernel, triton.JITFunction) else []
