@@ -26,7 +26,7 @@ from dit_accel.functional import attention
 from dit_accel.method import Method, Schedule
 from dit_accel.partial import Partial, merge
 from dit_accel.state import State
-from dit_accel.types import Context, Geometry, Report
+from dit_accel.types import Context, Geometry, Prefix, Report
 
 if TYPE_CHECKING:
     from dit_accel.pipelines import accelerate, restore
@@ -42,6 +42,7 @@ __all__ = [
     "InputError",
     "Method",
     "Partial",
+    "Prefix",
     "Report",
     "Schedule",
     "State",

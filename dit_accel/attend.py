@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from dit_accel.errors import InputError
 from dit_accel.kernels.block_attention import block_attention
 from dit_accel.kernels.dense_attention import partial_attention
 from dit_accel.kernels.token_attention import token_attention
@@ -12,21 +15,21 @@ from dit_accel.layout import Blocked
 from dit_accel.partial import Partial, merge
 from dit_accel.recorder import span
 from dit_accel.rest import Drop, Rest
-from dit_accel.types import EXACT, Context, Plan, Report, TokenPlan
+from dit_accel.types import EXACT, Context, Plan, Prefix, Report, TokenPlan
 
 _CHUNK_BYTES = 32 * 2**20
 
 
 def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -> Partial:
-    """Exact pairs and rest under one softmax normaliser.
+    """Exact pairs, rest and prefix under one softmax normaliser.
 
-    Always equal to ``merge`` of the exact pairs alone and the rest alone.
+    Always equal to ``merge`` of the exact pairs alone, the rest alone, and the prefix alone.
 
     Args:
         blocked: queries, keys, values and their blocks.
         plan: what becomes of each pair of blocks, or of each pair of a query token and a block.
         rest: what stands in for the pairs left to it.
-        ctx: handed to the rest.
+        ctx: handed to the rest; it has the prefix, if there is one.
 
     Returns:
         The partial, in the model's order; ``out`` in ``q``'s dtype.
@@ -34,11 +37,32 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
     outside = getattr(rest, "outside", None)
     kept: Partial | None = None if outside is None else outside(blocked, plan, ctx)
     if kept is not None:
-        inside = direct(blocked, plan, ctx)
-        with span("merge"):
-            return merge(inside, kept)
+        return _within(blocked, plan, Drop(), ctx, onto=kept)
+    return _merged(_within(blocked, plan, rest, ctx), *beyond(blocked.q, ctx, blocked.scale, rest))
+
+
+def _merged(*partials: Partial) -> Partial:
+    if len(partials) == 1:
+        return partials[0]
+    with span("merge"):
+        return merge(*partials)
+
+
+def _within(
+    blocked: Blocked,
+    plan: Plan | TokenPlan,
+    rest: Rest,
+    ctx: Context,
+    onto: Partial | None = None,
+) -> Partial:
+    """Exact pairs and rest of the sequence itself, on top of attention to other keys."""
+    others = () if onto is None else (onto,)
+    if isinstance(plan, Plan) and plan.whole:
+        valid = blocked.geometry.key_valid
+        whole = attend_all(blocked.q, blocked.k, blocked.v, key_valid=valid, scale=blocked.scale)
+        return _merged(whole, *others)
     if isinstance(plan, TokenPlan):
-        return Partial(
+        chosen = Partial(
             *token_attention(
                 blocked.q,
                 blocked.k,
@@ -51,6 +75,7 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
                 rest=rest.terms(blocked, ctx),
             )
         )
+        return _merged(chosen, *others)
     out, lse = block_attention(
         blocked.q,
         blocked.k,
@@ -66,13 +91,14 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
         levels=plan.levels,
         q_longest=blocked.queries.longest,
         k_longest=blocked.keys.longest,
+        onto=None if onto is None else (onto.out, onto.lse),
     )
     return Partial(out, lse)
 
 
 def direct(blocked: Blocked, plan: Plan | TokenPlan, ctx: Context) -> Partial:
     """The plan's exact pairs alone."""
-    return attend(blocked, plan, Drop(), ctx)
+    return _within(blocked, plan, Drop(), ctx)
 
 
 def attend_all(
@@ -97,22 +123,129 @@ def attend_all(
     return Partial(*partial_attention(q, k, v, key_valid=key_valid, scale=scale))
 
 
-def dense_pairs(q: Tensor, key_valid: Tensor | None) -> Tensor:
-    """int64 ``[B, H]``: every query with every valid key."""
+def dense(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None) -> Partial:
+    """Every pair of the sequence, and the prefix."""
+    key_valid = ctx.geometry.key_valid
+    own = attend_all(q, k, v, key_valid=key_valid, scale=scale)
+    return merge(own, *beyond(q, ctx, scale))
+
+
+def beyond(
+    q: Tensor, ctx: Context, scale: float | None = None, rest: Rest | None = None
+) -> list[Partial]:
+    """Partials over what lies beyond the sequence: the prefix, and the zeros after it.
+
+    Args:
+        q: ``[B, H, L, D]``.
+        ctx: it has the prefix, if there is one.
+        scale: of the logits; ``D ** -0.5`` by default.
+        rest: one with memory may keep the prefix's partial.
+
+    Raises:
+        InputError: the prefix does not fit the queries.
+    """
+    prefix, parts = ctx.prefix, []
+    if prefix is None:
+        return []
+    if prefix.length:
+        of_memory = getattr(rest, "of_prefix", None)
+        parts.append((of_memory or of_prefix)(q, ctx, scale))
+    if prefix.zeros:
+        empty = Partial.empty_like(q)
+        parts.append(Partial(empty.out, empty.lse.fill_(math.log(prefix.zeros))))
+    return parts
+
+
+def of_prefix(q: Tensor, ctx: Context, scale: float | None = None) -> Partial:
+    """The partial over the keys of the prefix, computed.
+
+    Raises:
+        InputError: the prefix does not fit the queries.
+    """
+    assert ctx.prefix is not None
+    return attend_all(q, *_load(q, ctx.prefix), scale=scale)
+
+
+def with_prefix(
+    q: Tensor, k: Tensor, v: Tensor, ctx: Context
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values of the sequence, the prefix and the zeros after it, and which are valid.
+
+    Args:
+        q, k, v: ``[B, H, L, D]``.
+        ctx: it has the prefix.
+
+    Returns:
+        Keys and values ``[B, H, L + length + zeros, D]``, and bool ``[B, L + length + zeros]``, or
+        ``None`` without padding.
+
+    Raises:
+        InputError: the prefix does not fit the queries.
+    """
+    prefix, valid = ctx.prefix, ctx.geometry.key_valid
+    assert prefix is not None
+    keys, values = [k], [v]
+    if prefix.length:
+        for parts, one in zip((keys, values), _load(q, prefix), strict=True):
+            parts.append(one)
+    for parts in (keys, values):
+        parts.append(q.new_zeros(*q.shape[:2], prefix.zeros, q.shape[3]))
+    if valid is not None:
+        others = valid.new_ones(valid.shape[0], prefix.length + prefix.zeros)
+        valid = torch.cat([valid, others], 1)
+    return torch.cat(keys, 2), torch.cat(values, 2), valid
+
+
+def _load(q: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor]:
+    """Keys and values of a prefix, which has some, checked."""
+    keys, values = prefix.load()
+    batch, heads, _, depth = q.shape
+    expected = (batch, heads, prefix.length, depth)
+    for name, x in (("keys", keys), ("values", values)):
+        if tuple(x.shape) != expected or x.dtype != q.dtype or x.device != q.device:
+            raise InputError(
+                f"prefix: {name}: expected {list(expected)} of {q.dtype} on {q.device} as q, got "
+                f"{list(x.shape)} of {x.dtype} on {x.device}"
+            )
+    return keys, values
+
+
+def dense_pairs(q: Tensor, key_valid: Tensor | None, prefix: Prefix | None = None) -> Tensor:
+    """int64 ``[B, H]``: every query with every valid key, of the prefix too."""
     batch, heads, length = q.shape[:3]
+    others = 0 if prefix is None else prefix.length
     if key_valid is None:
-        return torch.full((batch, heads), length * length, dtype=torch.int64, device=q.device)
-    return (key_valid.sum(-1, dtype=torch.int64) * length).unsqueeze(1).expand(batch, heads)
+        every = length * (length + others)
+        return torch.full((batch, heads), every, dtype=torch.int64, device=q.device)
+    every_valid = (key_valid.sum(-1, dtype=torch.int64) + others) * length
+    return every_valid.unsqueeze(1).expand(batch, heads)
 
 
-def report(blocked: Blocked, plan: Plan | TokenPlan) -> Report:
-    """What a plan computes exactly, counted in pairs of a query and a valid key."""
+def report(
+    blocked: Blocked, plan: Plan | TokenPlan, prefix: Prefix | None = None, computed: int = 0
+) -> Report:
+    """What a plan computes exactly, counted in pairs of a query and a valid key.
+
+    Args:
+        blocked: queries, keys, and their blocks.
+        plan: what became of each pair.
+        prefix: what the queries see besides.
+        computed: keys of the prefix that attention was computed to, all or none.
+    """
+    length = blocked.q.shape[2]
+    every = dense_pairs(blocked.q, blocked.geometry.key_valid, prefix)
+    return Report(_exact_pairs(blocked, plan) + computed * length, every)
+
+
+def _exact_pairs(blocked: Blocked, plan: Plan | TokenPlan) -> Tensor:
     batch, heads = blocked.q.shape[:2]
-    count = blocked.summary().count.expand(batch, heads, -1)
+    # without padding a block's valid keys are its tokens, and no statistics are needed
+    padded = blocked.geometry.key_valid is not None
+    count = blocked.summary().count if padded else blocked.keys.sizes
+    count = count.expand(batch, heads, -1)
     sizes = blocked.queries.sizes.expand(batch, heads, -1)
     if isinstance(plan, TokenPlan):
-        exact = _count_tokens(plan.select.expand(batch, heads, -1, -1), count)
-        return Report(exact, dense_pairs(blocked.q, blocked.geometry.key_valid))
+        return _count_tokens(plan.select.expand(batch, heads, -1, -1), count)
     code = plan.code.expand(batch, heads, -1, -1)
     exact = torch.empty(batch, heads, dtype=torch.int64, device=count.device)
     # a few heads at a time; a row's keys are below 2**24, so fp32 counts them exactly
@@ -121,7 +254,7 @@ def report(blocked: Blocked, plan: Plan | TokenPlan) -> Report:
         some = slice(h, h + step)
         keys = (code[:, some] == EXACT).float() @ count[:, some].float().unsqueeze(-1)
         exact[:, some] = (keys.squeeze(-1).double() * sizes[:, some]).sum(-1).long()
-    return Report(exact, dense_pairs(blocked.q, blocked.geometry.key_valid))
+    return exact
 
 
 def _count_tokens(select: Tensor, count: Tensor) -> Tensor:

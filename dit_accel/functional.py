@@ -11,7 +11,7 @@ from dit_accel import presets
 from dit_accel.errors import InputError
 from dit_accel.method import Method, check_tensors
 from dit_accel.state import State
-from dit_accel.types import Context, Geometry, Report
+from dit_accel.types import Context, Geometry, Prefix, Report
 
 
 @overload
@@ -32,6 +32,7 @@ def attention(
     num_steps: int | None = ...,
     num_layers: int | None = ...,
     branch: str = ...,
+    prefix: Prefix | None = ...,
 ) -> Tensor: ...
 
 
@@ -53,6 +54,7 @@ def attention(
     num_steps: int | None = ...,
     num_layers: int | None = ...,
     branch: str = ...,
+    prefix: Prefix | None = ...,
 ) -> tuple[Tensor, Report]: ...
 
 
@@ -73,6 +75,7 @@ def attention(
     num_steps: int | None = None,
     num_layers: int | None = None,
     branch: str = "",
+    prefix: Prefix | None = None,
 ) -> Tensor | tuple[Tensor, Report]:
     """Self-attention over video tokens (and text, in a joint sequence) by a sparse method.
 
@@ -88,6 +91,7 @@ def attention(
         state: what methods remember between steps; give the same one at every step.
         return_report: also return what was computed.
         branch: guidance branch, so that two of them never share memory.
+        prefix: cached keys that all queries see beside their own, in block diffusion.
 
     Returns:
         ``[B, H, L, D]`` in ``q``'s dtype; with ``return_report`` also a `Report`, whose ``density``
@@ -117,6 +121,8 @@ def attention(
     for name, number in (("layer", layer), ("step", step)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise InputError(f"{name}: expected an integer, 0 or more, got {number!r}")
+    if prefix is not None and not isinstance(prefix, Prefix):
+        raise InputError(f"prefix: expected a Prefix or None, got {type(prefix).__name__}")
     if text is not None and not isinstance(text, slice):
         raise InputError(f"text: expected a slice or None, got {type(text).__name__}")
     ctx = Context(
@@ -127,6 +133,7 @@ def attention(
         num_layers=num_layers,
         branch=branch,
         state=state,
+        prefix=prefix,
     )
     check_tensors(q, k, v, ctx)
     for name, tensor in (("q", q), ("k", k), ("v", v)):

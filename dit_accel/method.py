@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.attend import attend, attend_all, dense_pairs, report
+from dit_accel.attend import attend, dense, dense_pairs, report, with_prefix
 from dit_accel.density import Budget, check_layers, count_steps, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
@@ -201,7 +201,7 @@ class Method:
 
         Args:
             q, k, v: ``[B, H, L, D]``, one floating dtype, any strides; ``L`` as the geometry says.
-            ctx: geometry, step, layer, branch and state.
+            ctx: geometry, step, layer, branch and state; in block diffusion also the prefix.
             scale: of the logits; ``D ** -0.5`` by default.
 
         Returns:
@@ -212,10 +212,9 @@ class Method:
         """
         if self._wants_all(ctx):
             check_tensors(q, k, v, ctx)
-            key_valid = ctx.geometry.key_valid
-            every = dense_pairs(q, key_valid)
+            every = dense_pairs(q, ctx.geometry.key_valid, ctx.prefix)
             with span("attend"):
-                out = self._dense(q, k, v, key_valid, scale)
+                out = self._dense(q, k, v, ctx, scale)
             return out, Report(every, every)
         partial, told = self.partial(q, k, v, ctx, scale=scale)
         return partial.out, told
@@ -239,11 +238,10 @@ class Method:
                     "backend: expected none where keys stand beside the sequence, got "
                     f"{self.backend!r}, which gives no normaliser"
                 )
-            key_valid = ctx.geometry.key_valid
-            every = dense_pairs(q, key_valid)
+            every = dense_pairs(q, ctx.geometry.key_valid, ctx.prefix)
             with span("attend"):
-                whole_partial = attend_all(q, k, v, key_valid=key_valid, scale=scale)
-            return whole_partial, Report(every, every)
+                partial = dense(q, k, v, ctx, scale)
+            return partial, Report(every, every)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise InputError(
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "
@@ -251,9 +249,13 @@ class Method:
             )
         with span("layout"):
             blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
-            if not self._ask("settled", q, ctx):
-                blocked.summary(*self.route.needs, *self.rest.needs)
+            needs = (*self.route.needs, *self.rest.needs)
+            if needs and not self._ask("settled", q, ctx):
+                blocked.summary(*needs)
         whole = self._ask("computes_all", q, ctx)
+        computed = 0
+        if ctx.prefix is not None and not self._ask("keeps_prefix", q, ctx):
+            computed = ctx.prefix.length
         with span("route"):
             plan = self.route(blocked, self.rest, ctx)
         with span("attend"):
@@ -261,13 +263,17 @@ class Method:
         if whole:
             every = dense_pairs(q, ctx.geometry.key_valid)
             return partial, Report(every, every)
-        return partial, report(blocked, plan)
+        return partial, report(blocked, plan, ctx.prefix, computed)
 
-    def _dense(
-        self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float | None
-    ) -> Tensor:
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None) -> Tensor:
+        key_valid = ctx.geometry.key_valid
         if self.backend is None:
+            if ctx.prefix is not None:
+                return dense(q, k, v, ctx, scale).out
             return dense_attention(q, k, v, key_valid=key_valid, scale=scale)
+        if ctx.prefix is not None:
+            # no backend but those of partials tells a normaliser: all keys go to it at once
+            k, v, key_valid = with_prefix(q, k, v, ctx)
         reason = why_not(self.backend, q, k, v)
         if reason is not None:
             raise InputError(

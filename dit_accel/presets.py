@@ -9,6 +9,7 @@ True
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -172,7 +173,8 @@ def pisa(
     or rest that is given as an object brings its own settings. ``block_size`` is ignored by
     ``layout="cyclic"``, ``block_q`` by layouts that have one block size for both.
     """
-    queries = 2 * block_size if block_q is None else block_q
+    keys = layout.get("block_size", block_size) if isinstance(layout, Mapping) else block_size
+    queries = 2 * keys if block_q is None else block_q
     return Method(
         make("layout", layout, block_size=block_size, query_block_size=queries),
         make("route", route, density=density, p=p, bias=bias),
@@ -348,10 +350,11 @@ def psa(
         "FlashBlock: Attention Caching for Efficient Long-Context Block Diffusion", "2602.05305"
     ),
     deviations=(
+        "In block diffusion (AnyFlow FAR) inner='dense' is the paper's; a sparse inner method acts "
+        "inside the chunk.",
         "On a bidirectional model the outside is the exact complement of the inner method's plan; "
-        "layout and plan are frozen between refreshes.",
-        "A refresh computes every pair, so it costs as much as dense attention.",
-        "Block diffusion with a cached context is not there yet.",
+        "layout and plan are frozen between refreshes, and a refresh costs as much as dense "
+        "attention.",
     ),
     inherits="inner",
 )
@@ -359,8 +362,8 @@ def flashblock(
     inner: Annotated[
         str | Method,
         Opt(
-            "the sparse method; its options are taken as well",
-            ("pisa", "svg_ear", "vmoba"),
+            "the method inside, with its options beside; dense and psa in block diffusion only",
+            ("pisa", "svg_ear", "vmoba", "psa", "dense"),
             Method,
             lambda owner, given: config.method_of(f"{owner}: inner", given),
         ),
@@ -373,19 +376,23 @@ def flashblock(
     ] = None,
     budget_gib: Annotated[
         Annotated[float, Field(gt=0)] | None,
-        Opt("GiB that everything kept may take; none is no limit"),
+        Opt("GiB that all kept partials and plans may take; none is no limit"),
     ] = None,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
     **inner_options: Any,
 ) -> Method:
-    """FlashBlock (arXiv 2602.05305) around a sparse method, such as ``inner="pisa", density=0.15``.
+    """FlashBlock (arXiv 2602.05305) around a method, such as ``inner="pisa", density=0.15``.
 
-    The inner method's rest serves its route alone, and the layers that keep nothing.
+    In block diffusion the cached context is kept, and the inner method acts inside the chunk.
+    Elsewhere what the inner method leaves out is kept, and its rest serves its route alone, and
+    the layers that keep nothing; ``dense`` leaves nothing out, and the pooled pairs of ``psa`` have
+    no exact complement, so that both are refused there. ``dense_steps`` and ``dense_layers``, if
+    given, take the place of those of an inner `Method`.
     """
     method = build(inner, **inner_options) if isinstance(inner, str) else inner
     budget = None if budget_gib is None else int(budget_gib * 2**30)
-    return replace(
-        around(method, Cycle(refresh, layers, budget)),
-        schedule=Schedule(dense_steps, dense_layers),
-    )
+    kept = around(method, Cycle(refresh, layers, budget))
+    if isinstance(inner, Method) and not dense_steps and not dense_layers:
+        return kept
+    return replace(kept, schedule=Schedule(dense_steps, dense_layers))

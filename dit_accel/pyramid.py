@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +52,10 @@ class Pyramid:
         seed: of ``sample="random"``.
         min_exact: least share of a row's blocks that is exact, the best ones, whatever the bounds
             say; 0.08 in the public code, with ``mode="threshold"``.
+        pools: its plans have pooled levels.
     """
+
+    pools: ClassVar[bool] = True
 
     ratios: tuple[float, float, float, float] = RATIOS["wan-14b"]
     mode: Literal["threshold", "topk"] = "threshold"

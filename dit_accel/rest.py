@@ -25,9 +25,10 @@ class Rest(Protocol):
     """Stands in for what is not computed exactly.
 
     One that remembers may also have ``outside(blocked, plan, ctx) -> Partial | None``, a partial of
-    everything that the plan leaves out, in place of `terms`; ``settled(ctx, q) -> bool``, whether
-    no statistics are needed; and ``computes_all(ctx, q) -> bool``, whether every pair will be
-    computed.
+    everything that the plan leaves out, in place of `terms`; ``of_prefix(q, ctx, scale) ->
+    Partial``, that of the prefix; and tell of a step, before it runs, by ``(ctx, q) -> bool``:
+    ``settled``, no statistics are needed; ``computes_all``, every pair will be computed;
+    ``keeps_prefix``, the prefix's partial is at hand.
     """
 
     @property

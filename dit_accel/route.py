@@ -28,7 +28,10 @@ _CHUNK_BYTES = 32 * 2**20
 
 @runtime_checkable
 class Route(Protocol):
-    """Decides which pairs of blocks are computed exactly."""
+    """Decides which pairs of blocks are computed exactly.
+
+    One whose plans have pooled levels says so by ``pools = True``.
+    """
 
     @property
     def needs(self) -> tuple[Statistic, ...]:

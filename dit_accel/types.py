@@ -7,6 +7,7 @@ Shapes follow one order everywhere: ``B`` batch, ``H`` heads, ``L`` tokens, ``D`
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -156,10 +157,12 @@ class Plan:
         code: int8 ``[B|1, H|1, Nq, Nk]``; ``EXACT`` (1), ``DROP`` (0), ``REST`` (-1), or a pooling
             level 2, 4, 8. Rows and columns of text blocks are ``EXACT``.
         levels: which pooling levels ``code`` may hold.
+        whole: every pair is exact, so that dense attention computes the same without any block.
     """
 
     code: Tensor
     levels: tuple[int, ...] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,28 @@ class TokenPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefix:
+    """Keys beyond the sequence that all its queries see: the KV cache of block diffusion.
+
+    The sequence is then the chunk being denoised, and these are the chunks before it. Methods act
+    within the sequence; the prefix is attended to exactly, under the same softmax normaliser.
+
+    Attributes:
+        length: number of keys; 0 in a first chunk.
+        load: makes keys and values, ``[B, H, length, D]`` in ``q``'s dtype. Called only when
+            attention to them is computed, which `flashblock` does now and then.
+        chunk: whose context it is: what is kept for one chunk is never used for another.
+        zeros: number of further keys that are zero, with values of zero, as a pipeline's padding
+            may leave them: each adds 1 to the normaliser.
+    """
+
+    length: int
+    load: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
+    chunk: int = 0
+    zeros: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """Where in a generation an attention call happens. A processor fills it, methods read it."""
 
@@ -185,6 +210,7 @@ class Context:
     num_layers: int | None = None
     branch: str = ""
     state: State | None = field(default=None, repr=False)
+    prefix: Prefix | None = None
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -200,7 +226,7 @@ class Report:
         exact_pairs: int64 ``[B, H]``, query-key pairs computed exactly, text and forced blocks
             included.
         all_pairs: int64 ``[B, H]``, pairs that dense attention computes: every query with every
-            valid key.
+            valid key, those of a prefix included.
     """
 
     exact_pairs: Tensor

@@ -7,9 +7,27 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
+from torch import Tensor
+
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.types import Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What a forward of block diffusion is about.
+
+    Attributes:
+        cache: a tensor of the KV cache, which lives as long as the call of the pipeline.
+        index: how many chunks are in the cache.
+        filling: pairs of a query and a key, for each head and element of the batch, of a forward
+            that fills the cache and denoises nothing; ``None`` for one that denoises.
+    """
+
+    cache: Tensor
+    index: int
+    filling: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +41,7 @@ class Family:
         self_attention: the modules whose attention a method may replace, by layer.
         geometry: what the tokens are, from the model and the named arguments of its forward.
         refuses: the reason why a model cannot be accelerated as it stands, if there is one.
+        chunk: in block diffusion, which chunk a forward is about, from the same as `geometry`.
     """
 
     name: str
@@ -31,10 +50,12 @@ class Family:
     self_attention: Callable[[Any], list[Any]]
     geometry: Callable[[Any, Mapping[str, Any]], Geometry]
     refuses: Callable[[Any], str | None] = lambda model: None
+    chunk: Callable[[Any, Mapping[str, Any]], Chunk | None] | None = None
 
 
 # class name of the transformer -> module that holds its family; imported on first use
 _TABLE: Final = {
+    "AnyFlowFARTransformer3DModel": "anyflow",
     "FluxTransformer2DModel": "flux",
     "Flux2Transformer2DModel": "flux2",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",

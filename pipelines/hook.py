@@ -101,7 +101,11 @@ class RootHook:
             if any(isinstance(attn.processor, ours) for attn in family.self_attention(model)):
                 raise
         self.session.enter(
-            self._name, geometry, told=self._listener.told, timestep=given.get("timestep")
+            self._name,
+            geometry,
+            told=self._listener.told,
+            timestep=given.get("timestep"),
+            chunk=None if family.chunk is None else family.chunk(model, given),
         )
 
     def remove(self) -> None:

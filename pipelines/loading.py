@@ -29,7 +29,7 @@ def load(
     Args:
         model: an embedded model's name (``tiny-wan``), a directory, or a hub id (``owner/name``).
         dtype: of the weights, or one for each component; by default fp32 on a CPU, and bf16 on a
-            GPU, with the autoencoder of Wan and HunyuanVideo in fp32 (as Wan recommends).
+            GPU, with the autoencoder of video models in fp32 (as Wan recommends).
         device: where to put it; by default it stays on the CPU, where offloading can be chosen,
             and ``dtype`` goes by whether there is a GPU.
         options: for diffusers' ``from_pretrained``, such as ``variant`` or ``revision``. Only
@@ -51,7 +51,7 @@ def load(
         gpu = where.type == "cuda" if where else torch.cuda.is_available()
         dtype = torch.bfloat16 if gpu else torch.float32
         # their pipelines hand latents to the autoencoder in its own dtype; FLUX's does not
-        if gpu and inside is None and kind.startswith(("Wan", "HunyuanVideo")):
+        if gpu and inside is None and kind.startswith(("AnyFlow", "Wan", "HunyuanVideo")):
             dtype = {"default": torch.bfloat16, "vae": torch.float32}
     options.setdefault("use_safetensors", True)
     try:

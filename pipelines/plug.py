@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from dit_accel import presets
 from dit_accel.errors import InputError
+from dit_accel.flashblock import check_layers, needs_prefix
 from dit_accel.method import Method, Schedule
 from dit_accel.pipelines import embedded
 from dit_accel.pipelines.families import Family, family_of, models_of
@@ -150,8 +151,11 @@ def set_attn_processor(pipe: Any, given: Any, **options: Any) -> None:
         )
     prepare(pipe)
     for model in models_of(pipe).values():
-        # diffusers empties the dictionary that it is given
-        model.set_attn_processor(dict(given) if isinstance(given, dict) else given)
+        if hasattr(model, "set_attn_processor"):
+            # diffusers empties the dictionary that it is given
+            model.set_attn_processor(dict(given) if isinstance(given, dict) else given)
+        else:  # AnyFlow's has none of its own
+            _set_processors(model, given)
 
 
 def session_of(target: Any) -> Session:
@@ -231,9 +235,13 @@ def _made_for(models: dict[str, Any], method: str | Method, options: dict[str, A
         parallel = getattr(model, "_parallel_config", None)
         if getattr(parallel, "context_parallel_config", None) is not None:
             reason = CONTEXT_PARALLEL
+        if reason is None and family.chunk is None:
+            reason = needs_prefix(made)
         if reason is not None:
             raise InputError(f"{made.name}: {reason}")
-        made.check_layers(len(family.self_attention(model)), name)
+        count = len(family.self_attention(model))
+        made.check_layers(count, name)
+        check_layers(made, count, name)
     return made
 
 
@@ -253,6 +261,24 @@ def _attach(session: Session, name: str, model: Any) -> None:
     setattr(model, HOOK, RootHook(name, model, session))
 
 
+def _set_processors(model: Any, given: Any) -> None:
+    """What diffusers' ``set_attn_processor`` does, with its names in a dictionary."""
+    modules = {
+        f"{path}.processor": module
+        for path, module in model.named_modules()
+        if hasattr(module, "set_processor")
+    }
+    if not isinstance(given, dict):
+        given = dict.fromkeys(modules, given)
+    if given.keys() != modules.keys():
+        raise InputError(
+            f"set_attn_processor: expected a processor for each of {len(modules)} modules, such as "
+            f"{next(iter(modules))!r}, got {len(given)}"
+        )
+    for name, module in modules.items():
+        module.set_processor(given[name])
+
+
 def _note_originals(model: Any) -> None:
     """Remember every processor that is not ours, for `restore`."""
     session, ours = getattr(model, ATTRIBUTE), _family(model).processor_type
@@ -265,5 +291,6 @@ def _note_originals(model: Any) -> None:
 def _keep_backend(old: Any, new: Any) -> None:
     """``model.set_attention_backend`` outlives a change of processors."""
     for name in ("_attention_backend", "_parallel_config"):
-        if hasattr(old, name) and hasattr(new, name):
+        # what is set on the processor itself; defaults differ, as those of AnyFlow's two kinds do
+        if name in vars(old) and hasattr(new, name):
             setattr(new, name, getattr(old, name))

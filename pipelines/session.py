@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from dit_accel.method import Method
 from dit_accel.pipelines.clock import Clock, Moment
 from dit_accel.pipelines.compiled import attend as compiled_attend
 from dit_accel.pipelines.compiled import number_of, scalar
+from dit_accel.pipelines.densities import DensityLog, Record
+from dit_accel.pipelines.families import Chunk
 from dit_accel.state import State
 from dit_accel.types import Context, Geometry, Report
 
@@ -31,66 +32,6 @@ CONTEXT_PARALLEL = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What one attention call computed: where, and how many pairs, as int64 scalars on the device.
-
-    Attributes:
-        model: the transformer's name in the pipeline.
-        step, layer, branch: where.
-        exact, every: pairs computed exactly, and all pairs.
-    """
-
-    model: str
-    step: int
-    layer: int
-    branch: str
-    exact: Tensor
-    every: Tensor
-
-
-class DensityLog:
-    """Densities measured in one call of a pipeline. Nothing is read from a GPU until asked for."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.records.clear()
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    @property
-    def density(self) -> float | None:
-        """Exact pairs over all pairs, over the whole call; ``None`` before any attention."""
-        return self.by(lambda record: None).get(None)
-
-    @property
-    def by_step(self) -> dict[int, float]:
-        """Density of every denoising step."""
-        return self.by(lambda record: record.step)
-
-    @property
-    def by_layer(self) -> dict[int, float]:
-        """Density of every layer."""
-        return self.by(lambda record: record.layer)
-
-    def by(self, key: Callable[[Record], Any]) -> dict[Any, float]:
-        """Densities of groups of records."""
-        groups: dict[Any, list[Record]] = {}
-        for record in self.records:
-            groups.setdefault(key(record), []).append(record)
-        found = {}
-        for name, records in groups.items():
-            # in float: a long call of a large model counts more pairs than an int64 holds
-            exact = torch.stack([record.exact.double() for record in records]).sum()
-            every = torch.stack([record.every.double() for record in records]).sum()
-            found[name] = float(exact / every) if every else 1.0
-        return found
-
-
 class Session:
     """One pipeline with its transformers, or one transformer by itself.
 
@@ -100,6 +41,7 @@ class Session:
         hosts: the transformers, by their names in the pipeline.
         originals: the processors that stood there before ours, by transformer and module.
         ticks: int64 scalar, raised by every forward of a compiled transformer.
+        filling: pairs, for each head and element of the batch, of a forward that fills a KV cache.
 
     A copy, or what comes out of a pickle, remembers the originals and nothing else; the copies of
     the transformers and of the pipeline make themselves known to it.
@@ -111,6 +53,9 @@ class Session:
         self._scheduler: Callable[[], Any] = lambda: None
         self._clock = Clock()
         self._now: tuple[str, Geometry | None, Moment] | None = None
+        self._cache: Callable[[], Tensor | None] = lambda: None
+        self._chunk: tuple[int, bool] | None = None
+        self.filling = 0
         self.state = State()
         self.log = DensityLog()
         self.hosts: dict[str, weakref.ref[nn.Module]] = {}
@@ -136,8 +81,27 @@ class Session:
             if model is not None:
                 yield name, model
 
-    def enter(self, model: str, geometry: Geometry | None, *, told: Any, timestep: Any) -> None:
-        """A forward of a transformer begins; without a geometry no method can run in it."""
+    def enter(
+        self,
+        model: str,
+        geometry: Geometry | None,
+        *,
+        told: Any,
+        timestep: Any,
+        chunk: Chunk | None = None,
+    ) -> None:
+        """A forward of a transformer begins; without a geometry no method can run in it.
+
+        In block diffusion a call is as long as its KV cache lives, steps are those of a chunk, and
+        the state is emptied at every chunk. A forward that fills the cache is no step, and belongs
+        to no chunk.
+        """
+        if chunk is not None:
+            self._turn_to(chunk)
+            if chunk.filling is not None:
+                self._now = model, geometry, Moment(-1, None, "", False)
+                self.filling = chunk.filling
+                return
         scheduler = getattr(self._pipe(), "scheduler", None)
         if scheduler is None:
             # a pipeline made of the parts of another outlives it
@@ -145,14 +109,40 @@ class Session:
         else:
             self._scheduler = weakref.ref(scheduler)
         moment = self._clock.tick(told=told, scheduler=scheduler, timestep=timestep)
-        if moment.first:
+        if moment.first or (self._now is not None and self._now[0] != model):
+            # another transformer took over: what the one before remembers is of no more use
             self.state.clear()
+        if moment.first and chunk is None:
             self.log.clear()
         self._now = model, geometry, moment
+
+    def _turn_to(self, chunk: Chunk) -> None:
+        """A new cache begins a call, and a new chunk begins without memory."""
+        where = chunk.index, chunk.filling is not None
+        if self._cache() is chunk.cache:
+            if where != self._chunk:
+                self._forget()
+            self._chunk = where
+            return
+        self.leave()
+        self.log.clear()
+        me = weakref.ref(self)
+
+        def end(reference: weakref.ref[Tensor]) -> None:
+            session = me()
+            if session is not None and session._cache is reference:
+                session.leave()
+
+        # nothing else tells that such a call is over, be it by an exception
+        self._cache, self._chunk = weakref.ref(chunk.cache, end), where
 
     def leave(self) -> None:
         """The call of the pipeline is over."""
         self._now = None
+        self._cache, self._chunk = (lambda: None), None
+        self._forget()
+
+    def _forget(self) -> None:
         self.state.clear()
         self._clock.reset()
 

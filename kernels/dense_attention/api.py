@@ -99,7 +99,7 @@ def partial_attention(
         if reason is None:
             return run(q, k, v, scale)
         if backend == name:
-            raise ValueError(f"backend: {name!r} cannot run here: {reason}")
+            raise ValueError(f"backend: expected one that can run here, got {name!r}: {reason}")
     return chunked.partial_attention(q, k, v, key_valid, scale)
 
 

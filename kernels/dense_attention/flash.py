@@ -20,6 +20,8 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> str | 
 @torch.no_grad()
 def partial_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """See `dit_accel.kernels.dense_attention.partial_attention`; no row may be empty."""
+    # neither looks at the stride of the last dimension
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     else:

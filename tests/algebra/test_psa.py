@@ -207,5 +207,5 @@ def test_bad_options_are_told():
     with pytest.raises(InputError, match="sample: expected stride or random, got 'all'"):
         Pyramid(sample="all")
     inner = presets.flashblock(inner=presets.psa(block_k=8, block_q=8))
-    with pytest.raises(InputError, match="got pooled levels"):
+    with pytest.raises(InputError, match="got one with pooled levels"):
         dit_accel.attention(*inputs(0), inner, grid=GRID, state=dit_accel.State())

@@ -233,6 +233,17 @@ def test_two_transformers_share_one_schedule(pipe, go):
     assert torch.equal(go(both, num_inference_steps=6), stock)
 
 
+def test_a_transformer_that_took_over_has_the_budget_to_itself(pipe, go):
+    both = two_transformers(pipe, boundary_ratio=0.9)
+    options = {"density": 0.5, "block_size": 4}
+    dit_accel.accelerate(both, "flashblock", **options)
+    state, most = session_of(both).state, []
+    both.transformer_2.register_forward_hook(lambda *a: most.append(len(state)))
+    go(both, num_inference_steps=6)
+    layers = len(both.transformer_2.blocks)
+    assert max(most) == 2 * layers, "two guidance branches, and nothing of the first transformer"
+
+
 def test_the_scheduler_may_be_replaced(pipe, go):
     method = spying()
     dit_accel.accelerate(pipe, method)

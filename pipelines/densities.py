@@ -1,0 +1,72 @@
+"""What the attention calls of a pipeline computed, counted in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one attention call computed: where, and how many pairs, as int64 scalars on the device.
+
+    Attributes:
+        model: the transformer's name in the pipeline.
+        step, layer, branch: where; step -1 is a forward that fills a KV cache.
+        exact, every: pairs computed exactly, and all pairs.
+    """
+
+    model: str
+    step: int
+    layer: int
+    branch: str
+    exact: Tensor
+    every: Tensor
+
+
+class DensityLog:
+    """Densities measured in one call of a pipeline. Nothing is read from a GPU until asked for."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.records.clear()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def density(self) -> float | None:
+        """Exact pairs over all pairs, over the whole call; ``None`` before any attention."""
+        return self.by(lambda record: None).get(None)
+
+    @property
+    def by_step(self) -> dict[int, float]:
+        """Density of every denoising step; of all chunks together, in block diffusion."""
+        found = self.by(lambda record: record.step)
+        found.pop(-1, None)
+        return found
+
+    @property
+    def by_layer(self) -> dict[int, float]:
+        """Density of every layer."""
+        return self.by(lambda record: record.layer)
+
+    def by(self, key: Callable[[Record], Any]) -> dict[Any, float]:
+        """Densities of groups of records."""
+        groups: dict[Any, list[Record]] = {}
+        for record in self.records:
+            groups.setdefault(key(record), []).append(record)
+        found = {}
+        for name, records in groups.items():
+            # in float: a long call of a large model counts more pairs than an int64 holds
+            exact = torch.stack([record.exact.double() for record in records]).sum()
+            every = torch.stack([record.every.double() for record in records]).sum()
+            found[name] = float(exact / every) if every else 1.0
+        return found
