@@ -13,10 +13,11 @@ from torch import Tensor
 from dit_accel.attend import attend, dense_pairs, report
 from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import dense_attention
-from dit_accel.layout import Layout, default_scale
+from dit_accel.layout import Blocked, Layout, default_scale
+from dit_accel.partial import Partial
 from dit_accel.rest import Rest
 from dit_accel.route import Route
-from dit_accel.types import Context, Report
+from dit_accel.types import Context, Plan, Report, TokenPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,16 @@ def is_among(option: str, layers: tuple[int, ...], ctx: Context) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """What a call of a sparse method went through: blocks, plan, partial and report."""
+
+    blocked: Blocked
+    plan: Plan | TokenPlan
+    partial: Partial
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """Sparse attention as four choices.
 
@@ -143,12 +154,7 @@ class Method:
         """
         check_tensors(q, k, v, ctx)
         key_valid = ctx.geometry.key_valid
-        if (
-            self.layout is None
-            or self.route is None
-            or self.rest is None
-            or self.schedule.is_dense(ctx)
-        ):
+        if self.is_dense(ctx):
             every = dense_pairs(q, key_valid)
             return dense_attention(q, k, v, key_valid=key_valid, scale=scale), Report(every, every)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -156,6 +162,21 @@ class Method:
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "
                 "it under torch.no_grad()"
             )
+        call = self.trace(q, k, v, ctx, scale=scale)
+        return call.partial.out, call.report
+
+    def trace(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, *, scale: float | None = None
+    ) -> Trace:
+        """One call of a sparse method with all that came between, for those who study it.
+
+        Arguments as of a call; neither the schedule nor the tensors are looked at.
+
+        Raises:
+            InputError: the method is dense.
+        """
+        if self.layout is None or self.route is None or self.rest is None:
+            raise InputError(f"{self.name}: trace: expected a sparse method, got dense attention")
         blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
         if not self._ask("settled", q, ctx):
             blocked.summary(*self.route.needs, *self.rest.needs)
@@ -163,9 +184,9 @@ class Method:
         plan = self.route(blocked, self.rest, ctx)
         partial = attend(blocked, plan, self.rest, ctx)
         if whole:
-            every = dense_pairs(q, key_valid)
-            return partial.out, Report(every, every)
-        return partial.out, report(blocked, plan)
+            every = dense_pairs(q, ctx.geometry.key_valid)
+            return Trace(blocked, plan, partial, Report(every, every))
+        return Trace(blocked, plan, partial, report(blocked, plan))
 
     def _ask(self, question: str, q: Tensor, ctx: Context) -> bool:
         """What a rest with memory says of this step; any other rest says no."""

@@ -130,7 +130,10 @@ def _check(pipe: Any, request: Request) -> None:
 
 @torch.inference_mode()
 def generate(
-    pipe: Any, request: Request, on_step: Callable[[int, int], None] | None = None
+    pipe: Any,
+    request: Request,
+    on_step: Callable[[int, int], None] | None = None,
+    on_latents: Callable[[int, Tensor], Tensor | None] | None = None,
 ) -> Generation:
     """Run a pipeline once.
 
@@ -138,6 +141,8 @@ def generate(
         pipe: from `load`, with whatever processors it has.
         request: what to generate.
         on_step: called after every step with how many are done, and of how many.
+        on_latents: called after every step with its number, from 0, and the latents it made; what
+            it returns takes their place, unless that is ``None``.
 
     Raises:
         InputError: the request does not fit the model.
@@ -158,6 +163,10 @@ def generate(
         marks.append(now())
         if on_step is not None:
             on_step(step + 1, request.steps or 0)
+        if on_latents is not None:
+            changed = on_latents(step, given["latents"])
+            if changed is not None:
+                given["latents"] = changed
         return given
 
     handles = [model.register_forward_pre_hook(begin) for model in models_of(pipe).values()]
