@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.cli import bench, doctor, generate, listing, tiny_wan
+from dit_accel.cli import bench, doctor, evaluate, generate, listing, tiny_wan
 
 app = typer.Typer(
     name="dit-accel",
@@ -40,5 +40,6 @@ app.command("methods")(listing.methods)
 app.command("models")(listing.models)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="eval")
 app.add_typer(tiny_wan.train_app, name="train")
 app.add_typer(tiny_wan.check_app, name="check")
