@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import fmean
 from typing import Any, Final
 
@@ -121,7 +121,7 @@ def summarise(measured: Measured) -> Summary:
     )
     whole = [row for row in rows if all(_value(row, key) is not None for key in CHAIN)]
     values = {key: [_known(row, key) for row in whole] for key in CHAIN}
-    pairs = [*zip(CHAIN, CHAIN[1:], strict=False), ("error", "psnr")]
+    pairs = [*pairwise(CHAIN), ("error", "psnr")]
     ranks = {f"{a} to {b}": _rank(values[a], values[b], flip=b == "psnr") for a, b in pairs}
     return Summary(rows, ranks, len(whole), tuple(_turns(whole, measured)))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dit_accel.eval.attention_errors import COLUMNS
@@ -90,9 +91,7 @@ def sheets(summary: Summary) -> list[Sheet]:
     termed = [
         row
         for row in summary.rows
-        if any(
-            (part or {}).get("term_size") is not None for part in (row.captured, row.synthetic)
-        )
+        if any((part or {}).get("term_size") is not None for part in (row.captured, row.synthetic))
     ]
     parts: list[tuple[str, Sequence[Column], Sequence[Row]]] = [
         ("Attention, on the same queries, keys and values", ATTENTION, captured),
@@ -136,7 +135,7 @@ def render(summary: Summary) -> list[Table]:
     """The tables, for a terminal."""
     shown = []
     for sheet in sheets(summary):
-        table = Table(title=sheet.title)
+        table = Table(title=sheet.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
         for i, head in enumerate(sheet.heads):
             table.add_column(head, justify="left" if i < sheet.words else "right", no_wrap=i == 0)
         for line in sheet.lines:

@@ -102,7 +102,9 @@ def attention(
     media.write_text(target / "summary.csv", attention_tables.to_csv(summary))
     media.write_text(target / "summary.md", attention_tables.markdown(summary))
     for table in attention_tables.render(summary):
-        out.print(table)
+        # numbers cut short are none: a narrow terminal wraps them
+        wide = table.__rich_measure__(out, out.options.update(width=1000)).maximum
+        out.print(table, width=max(out.width, wide), crop=False)
     err.print(f"written  {target}", highlight=False, soft_wrap=True)
 
 
