@@ -104,7 +104,8 @@ def attention(
     for table in attention_tables.render(summary):
         # numbers cut short are none: a narrow terminal wraps them
         wide = table.__rich_measure__(out, out.options.update(width=1000)).maximum
-        out.print(table, width=max(out.width, wide), crop=False)
+        out.width = max(out.width, wide)
+        out.print(table)
     err.print(f"written  {target}", highlight=False, soft_wrap=True)
 
 
