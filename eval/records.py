@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from importlib import metadata
 from typing import Any
 
@@ -41,7 +42,7 @@ def machine() -> dict[str, Any]:
 
 
 def dumps(record: Any) -> str:
-    """Valid JSON, indented; what JSON has no word for (infinity, objects) as text."""
+    """Valid JSON, indented: dataclasses as objects; infinity and other objects as text."""
     return json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -56,6 +57,8 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, str | int | bool):
         return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -66,13 +66,29 @@ def write_clip(frames: Tensor, path: Path, fps: int) -> None:
     if frames.ndim != 4 or frames.shape[1] != 3:
         raise InputError(f"frames: expected [T, 3, H, W], got {list(frames.shape)}")
     kind = kind_of(path)
-    pixels = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = _pixels(frames)
     writers: dict[str, Callable[[np.ndarray, Path, int], None]] = {
         "mp4": _write_mp4,
         "gif": _write_gif,
         "png": _write_png,
     }
     replace_with(path, lambda part: writers[kind](pixels, part, fps))
+
+
+def write_image(frame: Tensor, path: Path) -> None:
+    """Write an image as png, whole or not at all.
+
+    Args:
+        frame: ``[3, H, W]`` in [0, 1].
+    """
+    pixels = _pixels(frame.unsqueeze(0))[0]
+    replace_with(path, lambda part: imageio.imwrite(part, pixels, format="PNG"))
+
+
+def _pixels(frames: Tensor) -> np.ndarray:
+    """uint8 ``[T, H, W, 3]`` of frames ``[T, 3, H, W]`` in [0, 1]."""
+    made: np.ndarray = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return made
 
 
 def replace_with(path: Path, write: Callable[[Path], None]) -> None:
