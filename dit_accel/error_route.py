@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dit_accel.errors import InputError
+from dit_accel.density import Budget, budget, share_at
 from dit_accel.kernels.error_probe import error_probe
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.types import EXACT, REST, Context, Plan
@@ -29,16 +29,18 @@ class ErrorAware:
     queries routing by score may be the better choice.
 
     Attributes:
-        density: above 0, at most 1.
+        density: above 0, at most 1; by layer or by step if need be.
     """
 
-    density: float = 0.22
+    density: Budget = 0.22
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise InputError(
-                f"ErrorAware: density: expected 0 < density <= 1, got {self.density!r}"
-            )
+        object.__setattr__(self, "density", budget("ErrorAware: density", self.density))
+
+    @property
+    def budget(self) -> tuple[str, Budget]:
+        """The budget."""
+        return "density", self.density
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -66,7 +68,7 @@ class ErrorAware:
                 scale=blocked.scale,
                 key_valid=blocked.geometry.key_valid,
             )
-            chosen = choose_within(error, count, self.density)
+            chosen = choose_within(error, count, share_at(*self.budget, ctx))
             code[:, :, :rows, :columns] = torch.where(chosen, EXACT, REST).to(torch.int8)
         return Plan(code)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.attend import direct
+from dit_accel.density import Budget, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_attention import RestTerms
 from dit_accel.layout import Blocked, Layout, Statistic, default_scale
@@ -29,9 +30,10 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a refresh leaves for the steps after it."""
+    """What a refresh leaves for the steps after it: made at a step, for a share asked for."""
 
     step: int
+    asked: float | None
     queries: Blocks
     keys: Blocks
     plan: Plan | TokenPlan
@@ -46,11 +48,18 @@ class Cycle:
         refresh: denoising steps from one refresh to the next.
         layers: that keep their outside, negative ones counted from the last; ``None`` is all.
         budget: bytes that all kept partials together may take; ``None`` is no limit.
+        route: whose plans are kept; where another share is asked of it, a refresh comes early.
     """
 
     refresh: int
     layers: tuple[int, ...] | None = None
     budget: int | None = None
+    route: Route | None = None
+
+    def asked(self, ctx: Context) -> float | None:
+        """The share that is asked of the route here."""
+        given: tuple[str, Budget] | None = getattr(self.route, "budget", None)
+        return None if given is None else share_at(*given, ctx)
 
     def applies(self, ctx: Context) -> bool:
         """Whether this layer keeps its outside."""
@@ -71,6 +80,8 @@ class Cycle:
             )
         known: Kept | None = ctx.memory.get(_SLOT)
         if known is None or known.partial.out.shape != q.shape:
+            return None
+        if known.asked != self.asked(ctx):
             return None
         return known if 0 <= ctx.step - known.step < self.refresh else None
 
@@ -126,6 +137,11 @@ class FrozenRoute:
     def needs(self) -> tuple[Statistic, ...]:
         return self.inner.needs
 
+    @property
+    def budget(self) -> tuple[str, Budget] | None:
+        """Of the inner route, if it has one."""
+        return getattr(self.inner, "budget", None)
+
     def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan | TokenPlan:
         known = self.cycle.kept(ctx, blocked.q)
         if known is not None:
@@ -171,7 +187,8 @@ class KeptRest:
             return known.partial
         self.cycle.check_budget(ctx, blocked.q)
         partial = direct(blocked, complement(plan), ctx)
-        ctx.memory[_SLOT] = Kept(ctx.step, blocked.queries, blocked.keys, plan, partial)
+        asked = self.cycle.asked(ctx)
+        ctx.memory[_SLOT] = Kept(ctx.step, asked, blocked.queries, blocked.keys, plan, partial)
         return partial
 
 
@@ -195,6 +212,7 @@ def around(inner: Method, cycle: Cycle) -> Method:
     """
     if inner.layout is None or inner.route is None or inner.rest is None:
         raise InputError("flashblock: inner: expected a sparse method, got dense attention")
+    cycle = replace(cycle, route=inner.route)
     return replace(
         inner,
         layout=FrozenLayout(inner.layout, cycle),

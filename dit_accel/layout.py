@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -309,13 +309,8 @@ class Cyclic:
         return _blocked(q, k, v, ctx, scale, blocks, blocks)
 
 
-LAYOUTS: dict[str, Callable[[int], Layout]] = {
-    "raster": lambda block_size: Raster(block_size),
-    "gilbert": lambda block_size: Gilbert(block_size),
-    "tile3d": lambda block_size: Tile3D(tile_of(block_size)),
-    "cyclic": lambda block_size: Cyclic(),
-}
-"""Layouts by name, for a block size in tokens (which `Cyclic` has no use for)."""
+LAYOUTS: Final = {"raster": Raster, "gilbert": Gilbert, "tile3d": Tile3D, "cyclic": Cyclic}
+"""The layouts that depend on the grid alone, by name."""
 
 
 def tile_of(block_size: int) -> tuple[int, int, int]:

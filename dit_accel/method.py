@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.attend import attend, dense_pairs, report
+from dit_accel.density import Budget, check_layers, count_steps, share_at
 from dit_accel.errors import InputError
-from dit_accel.kernels.dense_attention import dense_attention
+from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
 from dit_accel.layout import Blocked, Layout, default_scale
 from dit_accel.partial import Partial
 from dit_accel.rest import Rest
@@ -55,17 +56,8 @@ class Schedule:
             InputError: ``dense_steps`` is a fraction, or a layer counts from the last, and the
                 context does not know how many there are.
         """
-        if self.dense_steps:
-            first = self.dense_steps
-            if isinstance(first, float):
-                if ctx.num_steps is None:
-                    raise InputError(
-                        f"dense_steps: a fraction ({first!r}) needs num_steps, which is not known; "
-                        "give num_steps, or a count of steps"
-                    )
-                first = math.floor(first * ctx.num_steps + 0.5)
-            if ctx.step < first:
-                return True
+        if self.dense_steps and ctx.step < count_steps("dense_steps", self.dense_steps, ctx):
+            return True
         return is_among("dense_layers", self.dense_layers, ctx)
 
 
@@ -108,6 +100,9 @@ class Method:
         schedule: where dense attention is used all the same.
         name: for reports.
         options: the effective options of the preset it came from.
+        backend: who computes dense attention where it is used, a name from
+            `dit_accel.kernels.dense_attention.BACKENDS`. ``None`` leaves it to the code around: in
+            a pipeline diffusers' own, elsewhere torch's.
     """
 
     layout: Layout | None
@@ -116,6 +111,7 @@ class Method:
     schedule: Schedule = Schedule()
     name: str = "custom"
     options: Mapping[str, Any] = field(default_factory=dict)
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         parts = (self.layout, self.route, self.rest)
@@ -131,10 +127,81 @@ class Method:
                 f"Method: expected a rest that {type(self.route).__name__} can be combined with, "
                 f"got {self.rest!r}: {reason}"
             )
+        if self.backend is None:
+            return
+        if self.backend not in BACKENDS:
+            raise InputError(f"backend: expected {' | '.join(BACKENDS)}, got {self.backend!r}")
+        reason = why_not(self.backend)
+        if reason is not None:
+            raise InputError(
+                f"backend: expected one that can run here, got {self.backend!r}: {reason}"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | str | Path) -> Method:
+        """The method of a configuration: ``{"method": "pisa", "options": {"density": 0.2}}``.
+
+        Args:
+            config: a mapping, or the path of a YAML or JSON file; what ``dit-accel generate`` takes
+                beside it, such as a prompt, may stand there too.
+
+        Raises:
+            InputError: there is no such file, or a key or value does not fit; it is named.
+        """
+        from dit_accel import config as configuration
+
+        return configuration.method_from(config)
+
+    def to_config(self) -> dict[str, Any]:
+        """What `from_config` makes an equal method of: texts, numbers, lists and mappings.
+
+        Raises:
+            InputError: a part of it is none of this library's, and has no name.
+        """
+        from dit_accel import config as configuration
+
+        return configuration.config_of(self)
+
+    @property
+    def density_asked(self) -> Budget | None:
+        """The share of exact pairs that is asked for, if the route goes by one."""
+        name, given = self._budget or ("", None)
+        return given if name == "density" else None
+
+    @property
+    def _budget(self) -> tuple[str, Budget] | None:
+        return getattr(self.route, "budget", None)
+
+    def check_layers(self, layers: int, of: str) -> None:
+        """Raise an InputError if this does not fit a transformer.
+
+        Args:
+            layers: of its self-attention.
+            of: its name, for messages.
+        """
+        for layer in self.schedule.dense_layers:
+            if not -layers <= layer < layers:
+                raise InputError(
+                    f"dense_layers: expected layers from {-layers} to {layers - 1} of {of}, got "
+                    f"{layer}"
+                )
+        if self._budget is not None:
+            check_layers(*self._budget, layers, of)
 
     def is_dense(self, ctx: Context) -> bool:
-        """Whether this call would run dense attention."""
-        return self.layout is None or self.schedule.is_dense(ctx)
+        """Whether this call is left to the dense attention of the code around.
+
+        It is not where a backend was chosen: then calling the method runs that.
+        """
+        return self.backend is None and self.wants_all(ctx)
+
+    def wants_all(self, ctx: Context) -> bool:
+        """Whether every pair is wanted: dense as such, by schedule, or by a share of 1 here."""
+        if self.layout is None or self.schedule.is_dense(ctx):
+            return True
+        if self._budget is None or isinstance(self._budget[1], float):
+            return False  # a plain 1 goes by way of the blocks, as Everything does
+        return share_at(*self._budget, ctx) == 1
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, *, scale: float | None = None
@@ -154,9 +221,9 @@ class Method:
         """
         check_tensors(q, k, v, ctx)
         key_valid = ctx.geometry.key_valid
-        if self.is_dense(ctx):
+        if self.wants_all(ctx):
             every = dense_pairs(q, key_valid)
-            return dense_attention(q, k, v, key_valid=key_valid, scale=scale), Report(every, every)
+            return self._dense(q, k, v, key_valid, scale), Report(every, every)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise InputError(
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "
@@ -187,6 +254,18 @@ class Method:
             every = dense_pairs(q, ctx.geometry.key_valid)
             return Trace(blocked, plan, partial, Report(every, every))
         return Trace(blocked, plan, partial, report(blocked, plan))
+
+    def _dense(
+        self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float | None
+    ) -> Tensor:
+        if self.backend is None:
+            return dense_attention(q, k, v, key_valid=key_valid, scale=scale)
+        reason = why_not(self.backend, q, k, v)
+        if reason is not None:
+            raise InputError(
+                f"backend: expected one that can run this, got {self.backend!r}: {reason}"
+            )
+        return dense_attention(q, k, v, key_valid=key_valid, scale=scale, backend=self.backend)
 
     def _ask(self, question: str, q: Tensor, ctx: Context) -> bool:
         """What a rest with memory says of this step; any other rest says no."""

@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from dit_accel.density import ByLayer, ByStep, budget, read_budget
+from dit_accel.density import plain as plain_budget
 from dit_accel.errors import InputError
 
 
@@ -22,11 +24,13 @@ class Opt:
         help: one line.
         names: names it may be given by, for options that also take an object.
         protocol: what such an object must be.
+        read: makes one of a mapping, as configurations have it, and of the owner, for messages.
     """
 
     help: str
     names: tuple[str, ...] = ()
     protocol: type | None = None
+    read: Callable[[str, Mapping[str, Any]], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,11 @@ class Option:
     _hint: Any
     _opt: Opt
 
+    @property
+    def is_budget(self) -> bool:
+        """Whether it may go by layer or by step."""
+        return ByStep in get_args(_bare(self._hint))
+
     def check(self, owner: str, value: Any) -> Any:
         """The value, converted where nothing is lost.
 
@@ -52,10 +61,14 @@ class Option:
             InputError: the value does not fit.
         """
         opt = self._opt
+        if self.is_budget:
+            return budget(f"{owner}: {self.name}", value)
         if opt.protocol is not None:
             if isinstance(value, str):
                 if value in opt.names:
                     return value
+            elif isinstance(value, Mapping) and opt.read is not None:
+                return opt.read(owner, value)
             elif isinstance(value, opt.protocol) and not isinstance(value, type):
                 return value
             hint = closest(value, opt.names)
@@ -77,8 +90,10 @@ class Option:
         """The value that a command line's ``name=text`` means.
 
         Numbers, ``true``/``false`` and ``none`` are read as such, ``1,2`` as a tuple, anything else
-        as a name.
+        as a name. A budget may be ``0.3,0.2`` by layer, or ``0:1.0,0.2:0.15`` by step.
         """
+        if self.is_budget:
+            return self.check(owner, read_budget(text))
         bare = _bare(self._hint)
         if get_origin(bare) is tuple:
             return self.check(owner, _read(text, wants_tuple=True))
@@ -118,11 +133,14 @@ def _type_in_words(hint: Any, opt: Opt) -> str:
     if opt.names:
         return " | ".join(opt.names)
     bare, extras = _bare(hint), get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    if ByStep in get_args(bare):
+        return "float > 0, <= 1, by layer or by step"
     if bare is type(None):
         return "none"
     args = get_args(bare)
     if get_origin(bare) is tuple:
-        word = f"tuple of {args[0].__name__}"
+        count = "" if Ellipsis in args else f"{len(args)} "
+        word = f"tuple of {count}{args[0].__name__}"
     elif args and all(not isinstance(arg, type) and get_origin(arg) is None for arg in args):
         word = " | ".join("none" if arg is None else str(arg) for arg in args)
     elif args:
@@ -156,9 +174,13 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
         opts = [extra for extra in get_args(hint)[1:] if isinstance(extra, Opt)]
         if len(opts) != 1 or parameter.default is inspect.Parameter.empty:
             raise TypeError(f"{function.__name__}: {name} needs a default and one Opt(...)")
-        words = _type_in_words(hint, opts[0])
-        found[name] = Option(name, parameter.default, opts[0].help, words, hint, opts[0])
+        found[name] = option_of(name, hint, parameter.default, opts[0])
     return found
+
+
+def option_of(name: str, hint: Any, default: Any, opt: Opt) -> Option:
+    """The option of a name, a type and a default."""
+    return Option(name, default, opt.help, _type_in_words(hint, opt), hint, opt)
 
 
 def checked(owner: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,3 +215,14 @@ def closest(word: object, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)``, or nothing when nothing is near."""
     near = difflib.get_close_matches(str(word), list(known), n=1) if isinstance(word, str) else []
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def plain(value: Any) -> Any:
+    """A value of an option as a configuration has it: numbers, texts, lists and mappings."""
+    if isinstance(value, ByLayer | ByStep):
+        return plain_budget(value)
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return value.to_config() if hasattr(value, "to_config") else value

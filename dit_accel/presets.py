@@ -9,32 +9,38 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dit_accel.cluster import KMeans
+from dit_accel import config
+from dit_accel.components import choose, make, names
+from dit_accel.density import Budget
 from dit_accel.error_route import ErrorAware
 from dit_accel.errors import InputError
 from dit_accel.flashblock import Cycle, around
-from dit_accel.layout import LAYOUTS, Gilbert, Layout, Raster
+from dit_accel.layout import Layout
 from dit_accel.method import Method, Schedule
 from dit_accel.options import Opt, closest
 from dit_accel.pyramid import RATIOS, Pyramid
 from dit_accel.registry import Paper, Preset, build, catalogue, get, parse_option, preset
-from dit_accel.rest import Centroid, Drop, FirstOrder, Moment, Rest, Taylor
-from dit_accel.route import Everything, PooledScore, Route
+from dit_accel.rest import Drop, FirstOrder, Rest
+from dit_accel.route import Route
+from dit_accel.suggestions import Suggestion, for_model
 from dit_accel.token_route import Gate
 
 __all__ = [
     "Paper",
     "Preset",
+    "Suggestion",
     "build",
     "catalogue",
+    "custom",
     "dense",
     "flashblock",
+    "for_model",
     "get",
     "parse_option",
     "pisa",
@@ -52,20 +58,23 @@ DenseSteps = Annotated[
 DenseLayers = Annotated[
     tuple[int, ...], Opt("layers that stay dense; negative ones count from the last")
 ]
-Density = Annotated[
-    float, Opt("share of the video's block pairs computed exactly"), Field(gt=0, le=1)
-]
+Density = Annotated[Budget, Opt("share of the video's block pairs computed exactly")]
 BlockSize = Annotated[int, Opt("tokens in a block"), Field(ge=1)]
-LayoutOption = Annotated[str | Layout, Opt("order of the tokens", (*LAYOUTS, "kmeans"), Layout)]
+LayoutOption = Annotated[
+    str | Layout,
+    Opt("order of the tokens", names("layout"), Layout, partial(choose, "layout")),
+]
+RouteOption = Annotated[
+    str | Route,
+    Opt("how the exact blocks are chosen", names("route"), Route, partial(choose, "route")),
+]
 Clusters = Annotated[
     Annotated[int, Field(ge=1)] | None,
     Opt("clusters of layout=kmeans; none keeps their size what it is in the paper"),
 ]
 RestOption = Annotated[
     str | Rest,
-    Opt(
-        "what stands in for the pairs not computed", ("drop", "centroid", "taylor", "moment"), Rest
-    ),
+    Opt("what stands in for the pairs not computed", names("rest"), Rest, partial(choose, "rest")),
 ]
 TaylorOption = Annotated[
     FirstOrder | None, Opt("first-order term of the rest; drop and centroid have none")
@@ -75,33 +84,52 @@ WeightOption = Annotated[
 ]
 
 
-def _layout(choice: str | Layout, block_size: int) -> Layout:
-    if choice == "kmeans":
-        return KMeans()
-    return LAYOUTS[choice](block_size) if isinstance(choice, str) else choice
-
-
-def _rest(
-    choice: str | Rest, taylor: FirstOrder | None, weight: Literal["second", "gaussian"]
-) -> Rest:
-    if not isinstance(choice, str):
-        return choice
-    made: dict[str, Callable[[], Rest]] = {
-        "drop": Drop,
-        "centroid": Centroid,
-        "taylor": lambda: Taylor(taylor),
-        "moment": lambda: Moment(weight, taylor),
-    }
-    return made[choice]()
-
-
 # --- the table ------------------------------------------------------------------------------------
 
 
 @preset("torch's dense attention, the reference for everything else")
-def dense() -> Method:
-    """Dense attention: no layout, no route, no rest."""
-    return Method(None, None, None)
+def dense(
+    backend: Annotated[
+        Literal["sdpa", "cudnn", "flash", "xformers"] | None,
+        Opt("who computes it; none is diffusers' own code in a pipeline, and sdpa elsewhere"),
+    ] = None,
+) -> Method:
+    """Dense attention: no layout, no route, no rest.
+
+    Raises:
+        InputError: the backend cannot run here, with the reason.
+    """
+    return Method(None, None, None, backend=backend)
+
+
+@preset("any layout with any route and any rest")
+def custom(
+    layout: LayoutOption = "gilbert",
+    route: RouteOption = "topk",
+    rest: RestOption = "taylor",
+    density: Density = 0.15,
+    block_size: BlockSize = 64,
+    taylor: TaylorOption = "global",
+    weight: WeightOption = "second",
+    dense_steps: DenseSteps = 0,
+    dense_layers: DenseLayers = (),
+    dense_backend: Annotated[
+        Literal["sdpa", "cudnn", "flash", "xformers"] | None,
+        Opt("who computes dense steps and layers, as backend of dense"),
+    ] = None,
+) -> Method:
+    """A layout, a route and a rest, each by name, with options of its own, or as an object.
+
+    ``density``, ``block_size``, ``taylor`` and ``weight`` are for those parts that have such an
+    option and are not given another.
+    """
+    return Method(
+        make("layout", layout, block_size=block_size),
+        make("route", route, density=density),
+        make("rest", rest, taylor=taylor, weight=weight),
+        Schedule(dense_steps, dense_layers),
+        backend=dense_backend,
+    )
 
 
 @preset(
@@ -126,32 +154,21 @@ def pisa(
     rest: RestOption = "taylor",
     taylor: TaylorOption = "global",
     weight: WeightOption = "second",
-    route: Annotated[
-        str | Route,
-        Opt("how the exact blocks are chosen", ("topk", "topp", "everything"), Route),
-    ] = "topk",
-    p: Annotated[
-        float, Opt("share of the attention that route=topp keeps"), Field(gt=0, le=1)
-    ] = 0.9,
+    route: RouteOption = "topk",
+    p: Annotated[Budget, Opt("share of the attention that route=topp keeps")] = 0.9,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
 ) -> Method:
     """PISA (arXiv 2602.01077), every component exchangeable by keyword.
 
-    ``density`` is for ``route="topk"``, ``p`` for ``route="topp"``; a route, layout or rest that is
-    given as an object brings its own settings. ``block_size`` is ignored by ``layout="cyclic"``.
+    ``density`` is for ``route="topk"`` and ``"error"``, ``p`` for ``route="topp"``; a route, layout
+    or rest that is given as an object brings its own settings. ``block_size`` is ignored by
+    ``layout="cyclic"``.
     """
-    chosen: Route
-    if not isinstance(route, str):
-        chosen = route
-    elif route == "everything":
-        chosen = Everything()
-    else:
-        chosen = PooledScore("topp" if route == "topp" else "topk", density, p, bias)
     return Method(
-        _layout(layout, block_size),
-        chosen,
-        _rest(rest, taylor, weight),
+        make("layout", layout, block_size=block_size),
+        make("route", route, density=density, p=p, bias=bias),
+        make("rest", rest, taylor=taylor, weight=weight),
         Schedule(dense_steps, dense_layers),
     )
 
@@ -173,7 +190,7 @@ def pisa(
 )
 def svg_ear(
     density: Annotated[
-        float, Opt("share of the video's keys that a query block attends to"), Field(gt=0, le=1)
+        Budget, Opt("share of the video's keys that a query block attends to")
     ] = 0.22,
     q_clusters: Clusters = None,
     k_clusters: Clusters = None,
@@ -195,15 +212,18 @@ def svg_ear(
     public scripts keep the first 20% of the steps and 3% of the layers of Wan dense, and 10% and 3%
     of HunyuanVideo.
     """
-    chosen: Layout
-    if layout == "kmeans":
-        chosen = KMeans(q_clusters, k_clusters, share_branches=share_branches, seed=seed)
-    else:
-        chosen = _layout(layout, block_size)
+    clusters = {"q_clusters": q_clusters, "k_clusters": k_clusters}
     return Method(
-        chosen,
+        make(
+            "layout",
+            layout,
+            block_size=block_size,
+            share_branches=share_branches,
+            seed=seed,
+            **clusters,
+        ),
         ErrorAware(density),
-        _rest(rest, taylor, weight),
+        make("rest", rest, taylor=taylor, weight=weight),
         Schedule(dense_steps, dense_layers),
     )
 
@@ -220,9 +240,7 @@ def svg_ear(
 )
 def vmoba(
     threshold: Annotated[
-        float,
-        Opt("share of the gate, or of the pairs with mode=topk, to select"),
-        Field(gt=0, le=1),
+        Budget, Opt("share of the gate, or of the pairs with mode=topk, to select")
     ] = 0.25,
     scope: Annotated[
         Literal["head", "token"], Opt("choose among all pairs of a head, or token by token")
@@ -243,9 +261,9 @@ def vmoba(
     ``block_size`` is for layouts other than ``"cyclic"``.
     """
     return Method(
-        _layout(layout, block_size),
+        make("layout", layout, block_size=block_size),
         Gate(threshold, scope, mode),
-        _rest(rest, taylor, weight),
+        make("rest", rest, taylor=taylor, weight=weight),
         Schedule(dense_steps, dense_layers),
     )
 
@@ -286,7 +304,9 @@ def psa(
 ) -> Method:
     """PSA (arXiv 2512.04025).
 
-    Layouts that have one block size for both take ``block_k``.
+    Layouts that have one block size for both take ``block_k``. The bounds are the same in every
+    step and layer: with ``mode="threshold"`` they are shares of the importance, and the density
+    follows from it by itself.
     """
     if ratios is None:
         ratios = "4-step" if mode == "topk" else "wan-14b"
@@ -297,11 +317,8 @@ def psa(
                 f"{closest(ratios, RATIOS)}"
             )
         ratios = RATIOS[ratios]
-    chosen = _layout(layout, block_k)
-    if isinstance(layout, str) and isinstance(chosen, Raster | Gilbert):
-        chosen = replace(chosen, query_block_size=block_q)
     return Method(
-        chosen,
+        make("layout", layout, block_size=block_k, query_block_size=block_q),
         Pyramid(tuple(ratios), mode, sample, similarity_cap, seed),  # type: ignore[arg-type]
         Drop(),
         Schedule(dense_steps, dense_layers),
@@ -325,7 +342,10 @@ def flashblock(
     inner: Annotated[
         str | Method,
         Opt(
-            "the sparse method; its options are taken as well", ("pisa", "svg_ear", "vmoba"), Method
+            "the sparse method; its options are taken as well",
+            ("pisa", "svg_ear", "vmoba"),
+            Method,
+            lambda owner, given: config.method_of(f"{owner}: inner", given),
         ),
     ] = "pisa",
     refresh: Annotated[

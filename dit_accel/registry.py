@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ParamSpec
 
+from dit_accel.components import COMPONENTS
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.options import Option, checked, closest, find, options_of
@@ -137,10 +138,23 @@ def parse_option(
 
     Args:
         name: of the preset.
-        key, text: the option and what it is set to.
-        given: other options, parsed already; they may say which preset's options are inherited.
+        key, text: the option and what it is set to. ``layout.tile`` is the option ``tile`` of the
+            layout; the value is then the layout's, with this option among its own.
+        given: other options, parsed already; they may say which preset's options are inherited, and
+            which layout it is.
 
     Raises:
         InputError: the preset or the option is unknown, or the value does not fit.
     """
-    return find(name, get(name).accepts(given), key).parse(name, text)
+    options = get(name).accepts(given)
+    key, dot, inner = key.partition(".")
+    option = find(name, options, key)
+    if not dot:
+        return option.parse(name, text)
+    chosen = given.get(key, option.default)
+    chosen = chosen if isinstance(chosen, Mapping) else {"name": chosen}
+    component = COMPONENTS.get(key, {}).get(chosen["name"])  # type: ignore[call-overload]
+    if component is None:
+        raise InputError(f"{name}: expected an option without parts, got {key}.{inner}")
+    value = find(f"{name}: {key}", component.options, inner).parse(name, text)
+    return option.check(name, {**chosen, inner: value})

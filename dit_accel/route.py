@@ -2,7 +2,8 @@
 
 A route is called as ``route(blocked, rest, ctx) -> Plan | TokenPlan``. It decides over video blocks
 only: rows and columns of text blocks are exact whatever it says. One that some rests make no sense
-with has a method ``refuses(rest)``, which gives the reason or ``None``.
+with has a method ``refuses(rest)``, which gives the reason or ``None``; one that has a budget has a
+property ``budget``, its name and value (`dit_accel.density.Budget`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.types import EXACT, REST, Context, Plan, TokenPlan
@@ -63,22 +65,27 @@ class PooledScore:
     Attributes:
         select: ``"topk"`` takes the ``max(1, ⌊density · N_k⌋)`` best blocks of every row;
             ``"topp"`` the fewest blocks whose softmax over ``n_j exp(score_ij)`` adds up to ``p``.
-        density: above 0, at most 1.
-        p: above 0, at most 1.
+        density: above 0, at most 1; by layer or by step if need be.
+        p: the same.
         bias: add the norm of the block's covariance.
     """
 
     select: Literal["topk", "topp"] = "topk"
-    density: float = 0.15
-    p: float = 0.9
+    density: Budget = 0.15
+    p: Budget = 0.9
     bias: bool = True
 
     def __post_init__(self) -> None:
         if self.select not in ("topk", "topp"):
             raise InputError(f"PooledScore: select: expected 'topk' or 'topp', got {self.select!r}")
-        for name, value in (("density", self.density), ("p", self.p)):
-            if not 0 < value <= 1:
-                raise InputError(f"PooledScore: {name}: expected 0 < {name} <= 1, got {value!r}")
+        for name in ("density", "p"):
+            value = budget(f"PooledScore: {name}", getattr(self, name))
+            object.__setattr__(self, name, value)
+
+    @property
+    def budget(self) -> tuple[str, Budget]:
+        """The budget that counts."""
+        return ("density", self.density) if self.select == "topk" else ("p", self.p)
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -103,6 +110,7 @@ class PooledScore:
             dtype=torch.int8,
             device=key.device,
         )
+        share = share_at(*self.budget, ctx)
         if rows and columns:
             # a few heads at a time: the scores of all would be as large as a tensor of tokens
             step = max(1, _CHUNK_BYTES // (batch * rows * columns * key.itemsize))
@@ -110,15 +118,15 @@ class PooledScore:
                 some = slice(h, h + step)
                 score = query[:, some] @ key[:, some].mT
                 score += shift[:, some].unsqueeze(-2)
-                chosen = self._choose(score, count[:, some])
+                chosen = self._choose(score, count[:, some], share)
                 code[:, some, :rows, :columns] = torch.where(chosen, EXACT, REST).to(torch.int8)
         return Plan(code)
 
-    def _choose(self, score: Tensor, count: Tensor) -> Tensor:
+    def _choose(self, score: Tensor, count: Tensor, share: float) -> Tensor:
         """bool ``[B, h, Nq, Nk]`` for scores of that shape and counts ``[B, h, Nk]``."""
         if self.select == "topk":
-            return choose_topk(score, (count > 0).sum(-1), self.density)
-        return choose_topp(score + count.to(score.dtype).log().unsqueeze(-2), self.p)
+            return choose_topk(score, (count > 0).sum(-1), share)
+        return choose_topp(score + count.to(score.dtype).log().unsqueeze(-2), share)
 
 
 def choose_topk(score: Tensor, available: Tensor, density: float) -> Tensor:

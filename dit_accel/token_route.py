@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.types import Context, TokenPlan
@@ -24,28 +25,30 @@ class Gate:
     blocks are for everybody, and text tokens select everything.
 
     Attributes:
-        threshold: above 0, at most 1. ``mode="threshold"``: the share of all the normalised gate
-            that own blocks and the best others must reach. ``mode="topk"``: the share of all pairs
-            that is selected, own blocks included.
+        threshold: above 0, at most 1; by layer or by step if need be. With ``mode="threshold"`` the
+            share of all the normalised gate that own blocks and the best others must reach; with
+            ``mode="topk"`` the share of all pairs that is selected, own blocks included.
         scope: ``"head"`` chooses among all pairs of a head, the paper's global selection;
             ``"token"`` for every token by itself.
         mode: by the sum of the gates, or by their number.
     """
 
-    threshold: float = 0.25
+    threshold: Budget = 0.25
     scope: Literal["head", "token"] = "head"
     mode: Literal["threshold", "topk"] = "threshold"
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise InputError(
-                f"Gate: threshold: expected 0 < threshold <= 1, got {self.threshold!r}"
-            )
+        object.__setattr__(self, "threshold", budget("Gate: threshold", self.threshold))
         for name, known in (("scope", ("head", "token")), ("mode", ("threshold", "topk"))):
             if getattr(self, name) not in known:
                 raise InputError(
                     f"Gate: {name}: expected {' or '.join(known)}, got {getattr(self, name)!r}"
                 )
+
+    @property
+    def budget(self) -> tuple[str, Budget]:
+        """The budget."""
+        return "threshold", self.threshold
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
@@ -63,7 +66,8 @@ class Gate:
         select = torch.ones(
             batch, heads, length, blocks.num_blocks, dtype=torch.bool, device=blocked.q.device
         )
-        if self.threshold == 1 or columns == 0:
+        threshold = share_at(*self.budget, ctx)
+        if threshold == 1 or columns == 0:
             return TokenPlan(select)
         summary = blocked.summary()
         own = block_of(blocks.perm, blocks.offsets)
@@ -78,10 +82,12 @@ class Gate:
                 query = blocked.q[b, h, tokens].to(summary.k_mean.dtype)
                 gate = query @ summary.k_mean[b, h, :columns].mT
                 mine = own[b if own.shape[0] > 1 else 0, h if own.shape[1] > 1 else 0, tokens]
-                select[b, h, tokens, :columns] = self._choose(gate, mine, count[b, h] > 0)
+                select[b, h, tokens, :columns] = self._choose(
+                    gate, mine, count[b, h] > 0, threshold
+                )
         return TokenPlan(select)
 
-    def _choose(self, gate: Tensor, own: Tensor, full: Tensor) -> Tensor:
+    def _choose(self, gate: Tensor, own: Tensor, full: Tensor, threshold: float) -> Tensor:
         """bool ``[n, N]`` for such gates, own blocks ``[n]`` and blocks with keys ``[N]``."""
         chosen = torch.zeros_like(gate, dtype=torch.bool)
         chosen.scatter_(1, own.unsqueeze(1), True)
@@ -92,9 +98,9 @@ class Gate:
         gate = (gate - low) / (gate.max() - low).clamp(min=torch.finfo(gate.dtype).tiny)
         gate = gate.clamp_(min=-1).double()  # -1 marks blocks without a key
         if self.scope == "head":
-            flat = _choose_row(gate.view(1, -1), chosen.view(1, -1), self.threshold, self.mode)
+            flat = _choose_row(gate.view(1, -1), chosen.view(1, -1), threshold, self.mode)
             return flat.view(gate.shape)
-        return _choose_row(gate, chosen, self.threshold, self.mode)
+        return _choose_row(gate, chosen, threshold, self.mode)
 
 
 def _choose_row(

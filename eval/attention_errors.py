@@ -171,7 +171,7 @@ def _measure(method: Method, call: Call, state: State) -> tuple[CallError, Tenso
     """A call's numbers, and its error ``[B, H, L, D]`` in fp32."""
     ctx = replace(call.ctx, state=state)
     term: _Term = (None, None, None)
-    if method.is_dense(ctx):
+    if method.wants_all(ctx):
         got, _ = method(call.q, call.k, call.v, ctx, scale=call.scale)
         density = mass = 1.0
     else:

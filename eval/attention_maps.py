@@ -81,7 +81,7 @@ def maps(
     for group in steps:
         for number, call in enumerate(group):
             ctx = replace(call.ctx, state=state)
-            if method.is_dense(ctx):
+            if method.wants_all(ctx):
                 continue
             # asked before the call, which may change the answer
             settled = getattr(method.rest, "settled", None)
@@ -232,7 +232,7 @@ def _rest_of(rest: object, trace: Trace, query: Tensor, head: int, lse: Tensor) 
 
 
 def _pool(keys: Tensor, values: Tensor, keep: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups of ``level`` valid keys of each block: means ``[Nk, g, D]`` twice, log of their number.
+    """Groups of ``level`` valid keys of each block: means ``[Nk, g, D]``, and log of their number.
 
     Valid keys go first, as the kernels have it.
     """
@@ -256,7 +256,7 @@ def file_of(folder: Path, candidate: str) -> Path:
 
 
 def save(made: Iterable[Maps], folder: Path) -> None:
-    """Write all maps of one candidate, whole or not at all."""
+    """Write all maps of one candidate, whole or not at all; nothing where there is none."""
     tensors: dict[str, Tensor] = {}
     told = []
     candidate = ""
@@ -265,6 +265,8 @@ def save(made: Iterable[Maps], folder: Path) -> None:
         told.append({"layer": one.layer, "step": one.step, "branch": one.branch})
         for name in ("kind", "error", "row"):
             tensors[f"{len(told) - 1}.{name}"] = getattr(one, name).contiguous()
+    if not told:
+        return
     metadata = {"maps": json.dumps({"candidate": candidate, "calls": told})}
     media.replace_with(
         file_of(folder, candidate), lambda part: save_file(tensors, part, metadata=metadata)

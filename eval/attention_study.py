@@ -5,6 +5,7 @@ study of other settings is refused.
 
 - ``captures/p000/``: attention calls of the dense generation of each prompt
 - ``dense/p000.safetensors``: its course
+- ``maps/``: of the first prompt, what became of every pair of blocks; one file a candidate
 - ``calls.jsonl``: one line for a candidate, a source and a layer
 - ``generations.jsonl``: one line for a candidate and a prompt
 - ``settings.json``, ``summary.json``, ``summary.csv``
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dit_accel.errors import InputError
-from dit_accel.eval import capture, fields, records
+from dit_accel.eval import attention_maps, capture, fields, records
 from dit_accel.eval.attention_errors import Replay, replay
 from dit_accel.eval.candidates import Candidate
 from dit_accel.eval.trajectories import Course, Path, compare, follow, runner
@@ -47,6 +48,7 @@ class Study:
         synthetic: how many synthetic fields.
         grid, heads, depth, synthetic_steps: of these.
         generate: also generate with every candidate.
+        maps: also map what becomes of the pairs of blocks, at up to three of the steps.
         device, dtype: as in `dit_accel.pipelines.load`.
     """
 
@@ -63,13 +65,14 @@ class Study:
     depth: int = 64
     synthetic_steps: int = 4
     generate: bool = True
+    maps: bool = True
     device: str = "cpu"
     dtype: torch.dtype | None = None
 
     def fixed(self) -> dict[str, Any]:
         """What a folder must agree with to be taken up; more may be measured in it."""
         told = asdict(self)
-        for free in ("prompts", "synthetic", "generate"):
+        for free in ("prompts", "synthetic", "generate", "maps"):
             del told[free]
         return json.loads(records.dumps(told))
 
@@ -117,6 +120,8 @@ def run(
     for i in range(study.synthetic):
         sources.append(f"synthetic:{i}")
     _run_replays(study, chosen, folder, sources, progress)
+    if study.maps and study.prompts:
+        _run_maps(study, chosen, folder, progress)
     return read(folder)
 
 
@@ -296,6 +301,34 @@ def _run_replays(
         )
     if wanted:
         progress("attention", len(wanted), len(wanted))
+
+
+def _run_maps(
+    study: Study, chosen: Sequence[Candidate], folder: File, progress: Progress
+) -> None:
+    """Maps of the first prompt's calls: of every captured layer, at three steps or fewer."""
+    calls, target = folder / "captures/p000", folder / "maps"
+    target.mkdir(exist_ok=True)
+    wanted = [made for made in chosen if not attention_maps.file_of(target, made.name).exists()]
+    layers, steps = capture.layers_in(calls), capture.steps_in(calls)
+    some = {steps[round(i * (len(steps) - 1) / 2)] for i in range(3)}
+    for count, made in enumerate(wanted):
+        progress("maps", count, len(wanted))
+        attention_maps.save(
+            (
+                one
+                for layer in layers
+                for one in attention_maps.maps(
+                    made.name,
+                    made.method,
+                    capture.steps_of(calls, layer, study.device),
+                    some,
+                )
+            ),
+            target,
+        )
+    if wanted:
+        progress("maps", len(wanted), len(wanted))
 
 
 def _steps_of(

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, Final
 
-from dit_accel import presets
-from dit_accel.cluster import KMeans
-from dit_accel.combinations import RESTS, ROUTES
-from dit_accel.error_route import ErrorAware
+from dit_accel import components, presets
+from dit_accel.combinations import RESTS, table
 from dit_accel.errors import InputError
-from dit_accel.layout import LAYOUTS, Layout
+from dit_accel.eval.samples import Settings
 from dit_accel.method import Method
 from dit_accel.options import closest
 from dit_accel.pipelines import embedded
-from dit_accel.route import PooledScore, Route
-from dit_accel.token_route import Gate
-
-ROUTE_NAMES: Final = {
-    "topk": "pooled score, top-k",
-    "topp": "pooled score, top-p",
-    "error": "error",
-    "gate": "token gate",
-    "pyramid": "pyramid",
-    "everything": "everything",
-}
-REST_NAMES: Final = {
-    "drop": "drop",
-    "centroid": "centroid",
-    "taylor": "taylor, global",
-    "taylor-rest": "taylor, rest",
-    "moment": "moment, global",
-    "moment-rest": "moment, rest",
-}
-LAYOUT_NAMES: Final = (*LAYOUTS, "kmeans")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +87,35 @@ def candidates(
     return list(found.values())
 
 
-def combination_names() -> list[str]:
-    """All ``layout/route/rest`` that go together."""
+def of_run(settings: Settings) -> list[Candidate]:
+    """The methods of an evaluation run, under their names in it."""
     return [
-        f"{layout}/{route}/{rest}"
-        for layout in LAYOUT_NAMES
-        for route in ROUTE_NAMES
-        for rest in REST_NAMES
-        if _refusal(route, rest) is None and (route != "everything" or rest == "drop")
+        Candidate(
+            variant.slug,
+            "preset",
+            variant.density,
+            presets.build(variant.method, **variant.given),
+        )
+        for variant in settings.variants
+        if variant.role == "method"
     ]
 
 
-def _refusal(route: str, rest: str) -> str | None:
-    refuses = getattr(ROUTES[ROUTE_NAMES[route]], "refuses", None)
-    return None if refuses is None else refuses(RESTS[REST_NAMES[rest]])
+@cache
+def combination_names() -> tuple[str, ...]:
+    """All ``layout/route/rest`` that go together."""
+    return tuple(
+        f"{one.layout}/{one.route}/{rest_name(one.rest)}"
+        for one in table()
+        # with everything exact nothing is left to a rest
+        if one.reason is None and (one.route != "everything" or one.rest == "drop")
+    )
+
+
+def rest_name(words: str) -> str:
+    """``taylor-rest`` for ``taylor, rest``; the global term goes without saying."""
+    name, _, scope = words.partition(", ")
+    return name if scope in ("", "global") else f"{name}-{scope}"
 
 
 def _of_preset(
@@ -147,30 +141,30 @@ def _of_preset(
 
 
 def _of_combination(name: str, densities: tuple[float, ...], block: int) -> list[Candidate]:
-    layout_name, route_name, rest_name = name.split("/")
-    layout: Layout = KMeans() if layout_name == "kmeans" else LAYOUTS[layout_name](block)
-    route, rest = ROUTES[ROUTE_NAMES[route_name]], RESTS[REST_NAMES[rest_name]]
+    layout_name, route_name, short = name.split("/")
+    layout = components.make("layout", layout_name, block_size=block)
+    rest = next(rest for words, rest in RESTS.items() if rest_name(words) == short)
+    share = _SHARE.get(route_name)
+    if share is None:
+        route = components.make("route", route_name)
+        return [Candidate(name, "combination", None, Method(layout, route, rest, name=name))]
     made = []
     for density in densities:
-        chosen = at_density(route, density)
-        asked = density if chosen is not None else None
-        label = name if asked is None else f"{name}@{density:g}"
-        method = Method(layout, chosen or route, rest, name=label)
-        made.append(Candidate(label, "combination", asked, method))
-        if asked is None:
-            break
+        label = f"{name}@{density:g}"
+        route = components.make("route", {"name": route_name, **share, **_asked(share, density)})
+        method = Method(layout, route, rest, name=label)
+        made.append(Candidate(label, "combination", density, method))
     return made
 
 
-def at_density(route: Route, density: float) -> Route | None:
-    """A route that computes so much exactly; ``None`` for one whose share follows from the data.
+_SHARE: Final[dict[str, dict[str, Any]]] = {
+    "topk": {"density": None},
+    "error": {"density": None},
+    # by number, not by the sum of its gates
+    "gate": {"threshold": None, "mode": "topk"},
+}
+"""How a route is asked for a share of the pairs; of the others it follows from the data."""
 
-    A `Gate` then chooses by number, not by the sum of its gates.
-    """
-    if isinstance(route, PooledScore):
-        return replace(route, density=density) if route.select == "topk" else None
-    if isinstance(route, ErrorAware):
-        return replace(route, density=density)
-    if isinstance(route, Gate):
-        return replace(route, threshold=density, mode="topk")
-    return None
+
+def _asked(share: dict[str, Any], density: float) -> dict[str, Any]:
+    return {name: density for name, value in share.items() if value is None}

@@ -236,6 +236,11 @@ def layers_in(folder: Path) -> tuple[int, ...]:
     return tuple(sorted({int(path.name[5:].split("-")[0]) for path in _files(folder)}))
 
 
+def steps_in(folder: Path) -> tuple[int, ...]:
+    """The denoising steps of which a folder holds calls."""
+    return tuple(sorted({int(path.name.split("-")[1][4:]) for path in _files(folder)}))
+
+
 def steps_of(folder: Path, layer: int, device: str = "cpu") -> Iterator[list[Call]]:
     """The calls of a layer, step by step, the guidance branches of one step together."""
     groups: dict[str, list[Path]] = {}

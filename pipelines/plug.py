@@ -222,13 +222,7 @@ def _made_for(models: dict[str, Any], method: str | Method, options: dict[str, A
         reason = family.refuses(model)
         if reason is not None:
             raise InputError(f"{made.name}: {reason}")
-        count = len(family.self_attention(model))
-        for layer in made.schedule.dense_layers:
-            if not -count <= layer < count:
-                raise InputError(
-                    f"dense_layers: expected layers from {-count} to {count - 1} of {name}, got "
-                    f"{layer}"
-                )
+        made.check_layers(len(family.self_attention(model)), name)
     return made
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dit_accel.cli import bench, doctor, evaluate, generate, listing, tiny_wan
+from dit_accel.cli.config import with_config
 
 app = typer.Typer(
     name="dit-accel",
@@ -35,7 +36,7 @@ def root(
     """Diffusion transformers made faster by sparse attention, without retraining."""
 
 
-app.command("generate")(generate.generate)
+app.command("generate")(with_config(generate.generate))
 app.command("methods")(listing.methods)
 app.command("models")(listing.models)
 app.command("doctor")(doctor.doctor)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +43,8 @@ def progress() -> Progress:
 def quiet() -> None:
     """Take the loading bars of other libraries away, and tell our warnings in one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # which diffusers imports, and which says on import what doctor says when asked
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -58,15 +61,17 @@ def quiet() -> None:
     warnings.simplefilter("once", VocabularyWarning)
 
 
-def parse_set(preset: str, words: Iterable[str]) -> dict[str, Any]:
-    """The options that ``--set name=value`` asks for.
+def parse_set(
+    preset: str, words: Iterable[str], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The options that ``--set name=value`` asks for, over those of a configuration file.
 
     Raises:
         InputError: there is no ``=``, the option is unknown or given twice, or does not fit.
     """
     from dit_accel import presets
 
-    options: dict[str, Any] = {}
+    options = dict(given or {})
     texts: dict[str, str] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -76,19 +81,21 @@ def parse_set(preset: str, words: Iterable[str]) -> dict[str, Any]:
         if name in texts:
             raise InputError(f"--set: expected {name} once, got it twice")
         texts[name] = text
-    for name in sorted(texts, key=lambda name: name != presets.get(preset).inherits):
-        options[name] = presets.parse_option(preset, name, texts[name], options)
+    # what others depend on comes first, and options of parts last
+    for name in sorted(texts, key=lambda name: (name != presets.get(preset).inherits, "." in name)):
+        options[name.partition(".")[0]] = presets.parse_option(preset, name, texts[name], options)
     return options
 
 
 def method_options(
     method: str,
-    density: float | None = None,
+    density: str | float | None = None,
     settings: Iterable[str] = (),
     dense_steps: str | None = None,
     dense_layers: str | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Options of a preset from a command line.
+    """Options of a preset from a command line, over those of a configuration file.
 
     Raises:
         InputError: the preset or an option is unknown, given twice, or does not fit.
@@ -105,7 +112,7 @@ def method_options(
         )
         if value is not None
     ]
-    return parse_set(method, [*words, *settings])
+    return parse_set(method, [*words, *settings], given)
 
 
 def dtype_of(name: str | None) -> Any:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from typing import Annotated
 
@@ -103,29 +104,18 @@ def _hardware() -> list[Finding]:
 
 
 def _backends() -> list[Finding]:
-    from torch.nn.attention import SDPBackend
+    from dit_accel.kernels.dense_attention import BACKENDS
 
     found = [
         Finding("attention: reference", None, True, "sparse, plain torch, head by head (CPU)"),
         _attempt("attention: batched", None, "sparse, plain torch, many heads at once (GPU)", _gpu),
     ]
-    for name, backend in (
-        ("math", SDPBackend.MATH),
-        ("flash", SDPBackend.FLASH_ATTENTION),
-        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-        ("cudnn", SDPBackend.CUDNN_ATTENTION),
-    ):
-        found.append(
-            _attempt(
-                f"attention: sdpa {name}",
-                None,
-                "dense, torch's own",
-                lambda backend=backend: _sdpa(backend),  # type: ignore[misc]
-            )
-        )
+    for name in BACKENDS:
+        package = "xformers" if name == "xformers" else None
+        use = f"dense, --method dense --set backend={name}"
+        found.append(_attempt(f"attention: dense {name}", package, use, partial(_dense, name)))
     for name, package, module in (
         ("triton", "triton", "triton"),
-        ("xformers", "xformers", "xformers"),
         ("flash-attn 2", "flash-attn", "flash_attn"),
         ("flash-attn 3", "flash-attn-3", "flash_attn_interface"),
     ):
@@ -147,19 +137,18 @@ def _gpu() -> None:
         raise RuntimeError("needs a GPU, and there is none")
 
 
-def _sdpa(backend: object) -> None:
+def _dense(backend: str) -> None:
     import torch
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    assert isinstance(backend, SDPBackend)
+    from dit_accel.kernels.dense_attention import dense_attention, why_not
+
     gpu = torch.cuda.is_available()
-    if not gpu and backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        _gpu()
     dtype = torch.bfloat16 if gpu else torch.float32
     x = torch.zeros(1, 1, 64, 64, dtype=dtype, device="cuda" if gpu else "cpu")
-    with sdpa_kernel([backend]):
-        F.scaled_dot_product_attention(x, x, x)
+    reason = why_not(backend) or why_not(backend, x, x, x)
+    if reason is not None:
+        raise RuntimeError(reason)
+    dense_attention(x, x, x, backend=backend)
 
 
 def _attempt(name: str, package: str | None, use: str, attempt: Callable[[], None]) -> Finding:

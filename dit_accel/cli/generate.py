@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,11 @@ def generate(
     ] = "tiny-wan",
     method: Annotated[str, typer.Option(help="See dit-accel methods.")] = "pisa",
     density: Annotated[
-        float | None, typer.Option(help="Share of block pairs computed exactly, in (0, 1].")
+        str | None,
+        typer.Option(
+            help="Share of block pairs computed exactly, in (0, 1]; 0.3,0.2 by layer, "
+            "0:1.0,0.2:0.15 by step."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -59,17 +64,20 @@ def generate(
         bool, typer.Option("--compare", help="Also generate densely, and compare.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    configured: Mapping[str, Any] | None = None,
 ) -> None:
     """Generate a clip, and say what it took.
 
     Beside the clip a JSON file tells every setting, the versions and what was measured. With
     --compare a second file shows dense on the left and the method on the right.
     """
+    from dit_accel import presets
     from dit_accel.errors import InputError
     from dit_accel.pipelines import media
 
     # whatever can be refused is refused before anything is loaded
-    options = method_options(method, density, settings or (), dense_steps, dense_layers)
+    options = method_options(method, density, settings or (), dense_steps, dense_layers, configured)
+    presets.build(method, **options)
     chosen_dtype = dtype_of(dtype)
     if fps is not None and not 1 <= fps <= 240:
         raise InputError(f"fps: expected an integer from 1 to 240, got {fps}")
@@ -94,7 +102,7 @@ def generate(
     request = effective(pipe, asked)
 
     accelerate(pipe, method, **options)
-    effective_options = dict(_method_of(pipe).options)
+    made = _method_of(pipe)
     dense: Generation | None = None
     with progress() as bars:
         if compare:
@@ -112,13 +120,14 @@ def generate(
         media.write_clip(both, both_path, rate)
 
     from dit_accel.eval import records
+    from dit_accel.options import plain
 
     record = {
         "model": model,
         "prompt": prompt,
         "negative_prompt": negative_prompt,
         "method": method,
-        "options": effective_options,
+        "options": made.to_config()["options"],
         "seed": seed,
         "steps": request.steps,
         "guidance": request.guidance,
@@ -128,7 +137,7 @@ def generate(
         "fps": rate,
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "device": str(pipe.device),
-        "density_asked": effective_options.get("density"),
+        "density_asked": plain(made.density_asked),
         "density": result.density,
         "density_by_step": result.by_step,
         "density_by_layer": result.by_layer,
@@ -183,6 +192,8 @@ def _measured(result: Generation, dense: Generation | None) -> dict[str, float] 
 def _tell(record: dict[str, Any], result: Generation) -> None:
     from rich.table import Table
 
+    from dit_accel.density import in_words
+
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     asked = record["density_asked"]
     shown = ", ".join(
@@ -190,7 +201,7 @@ def _tell(record: dict[str, Any], result: Generation) -> None:
     )
     rows = {
         "method": record["method"] + (f" ({shown})" if shown else ""),
-        "density": ("" if asked is None else f"{asked:g} asked, ")
+        "density": ("" if asked is None else f"{in_words(asked)} asked, ")
         + f"{result.density:.3f} measured",
         "clip": f"{record['frames']} frames of {record['width']}x{record['height']}, "
         f"{record['steps']} steps, guidance {record['guidance']:g}, seed {record['seed']}",

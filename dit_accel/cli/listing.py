@@ -12,8 +12,15 @@ from dit_accel.cli.common import out
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method; all by default.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A hub id or directory: methods with the settings of their papers."),
+    ] = None,
     table: Annotated[
-        bool, typer.Option("--table", help="Which routes and rests go together.")
+        bool,
+        typer.Option(
+            "--table", help="Which layouts, routes and rests go together, and their options."
+        ),
     ] = False,
 ) -> None:
     """List the methods with their options, defaults and papers."""
@@ -22,6 +29,9 @@ def methods(
 
     if table:
         _combinations()
+        return
+    if model is not None:
+        _suggestions(model, name, json)
         return
     chosen = presets.catalogue() if name is None else (presets.get(name),)
     if json:
@@ -34,24 +44,33 @@ def methods(
 def _combinations() -> None:
     from rich.table import Table
 
-    from dit_accel import combinations
+    from dit_accel import combinations, components
 
-    grid = Table(box=None, padding=(0, 2, 0, 0), title="route (down) with rest (across)")
-    grid.add_column("", overflow="fold")
-    for rest in combinations.RESTS:
-        grid.add_column(rest, justify="center")
-    reasons: dict[str, str] = {}
-    rows: dict[str, list[str]] = {}
-    for pair in combinations.table():
-        rows.setdefault(pair.route, []).append("yes" if pair.reason is None else "no")
-        if pair.reason is not None:
-            reasons[pair.route] = pair.reason
-    for route, cells in rows.items():
-        grid.add_row(route, *cells)
-    out.print(grid, highlight=False)
-    for route, reason in reasons.items():
-        out.print(f"{route}: {reason}", highlight=False)
-    out.print("Every layout goes with all of these.", highlight=False)
+    every = list(combinations.table())
+    reasons = {one.route: one.reason for one in every if one.reason is not None}
+    # layouts that are told apart by nothing share a table
+    alike: dict[tuple[str | None, ...], list[str]] = {}
+    for layout in combinations.LAYOUTS:
+        answers = tuple(one.reason for one in every if one.layout == layout)
+        alike.setdefault(answers, []).append(layout)
+    for answers, layouts in alike.items():
+        grid = Table(box=None, padding=(0, 2, 0, 0), title="route (down) with rest (across)")
+        grid.add_column("", overflow="fold")
+        for rest in combinations.RESTS:
+            grid.add_column(rest, justify="center")
+        width = len(combinations.RESTS)
+        for i, route in enumerate(combinations.ROUTES):
+            row = answers[i * width : (i + 1) * width]
+            grid.add_row(route, *("yes" if reason is None else "no" for reason in row))
+        out.print(f"with layout {', '.join(layouts)}:", highlight=False)
+        out.print(grid, highlight=False)
+    for route, why in reasons.items():
+        out.print(f"{route}: {why}", highlight=False)
+    out.print("\nTheir options, for --set layout.tile=4,4,8 or a configuration:", highlight=False)
+    for kind, rows in components.COMPONENTS.items():
+        for name, component in rows.items():
+            options = (f"{key}={_text(o.default)}" for key, o in component.options.items())
+            out.print(f"  {kind} {name}: {', '.join(options) or 'none'}", highlight=False)
 
 
 def _as_dict(preset: Any) -> dict[str, Any]:
@@ -66,6 +85,29 @@ def _as_dict(preset: Any) -> dict[str, Any]:
             for o in preset.options.values()
         ],
     }
+
+
+def _suggestions(model: str, name: str | None, json: bool) -> None:
+    """A method's settings for a model, as a configuration that names its source."""
+    import yaml
+
+    from dit_accel import presets
+    from dit_accel.errors import InputError
+    from dit_accel.eval import records
+
+    suggested = presets.for_model(model)
+    if name is not None and presets.get(name).name not in suggested:
+        raise InputError(
+            f"method: expected one of {', '.join(suggested)} for {model}, got {name!r}"
+        )
+    found = [one for one in suggested.values() if name in (None, one.method)]
+    if json:
+        rows = [{**one.to_config(), "source": one.source, "note": one.note} for one in found]
+        typer.echo(records.dumps(rows), nl=False)
+        return
+    for one in found:
+        typer.echo(f"# {one.source}" + (f"\n# differs: {one.note}" if one.note else ""))
+        typer.echo(yaml.safe_dump(one.to_config(), sort_keys=False, default_flow_style=None))
 
 
 def _show(preset: Any) -> None:

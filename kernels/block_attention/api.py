@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_summary.api import check_blocks, check_valid, resolve
+from dit_accel.kernels.backends import resolve
+from dit_accel.kernels.block_summary.api import check_blocks, check_valid
 
 POOLED = (2, 4, 8)
 """Codes of pooled levels: so many consecutive keys of a block are averaged into one."""
@@ -71,7 +72,7 @@ def block_attention(
         key_valid: bool ``[B, L]``; ``False`` keys are never read.
         scale: of the logits; ``D ** -0.5`` by default.
         rest: what stands in for code -1.
-        backend: ``"auto"``, or a name from `BACKENDS`; a named one never falls back.
+        backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
         ``out`` ``[B, H, L, D]`` in ``q``'s dtype; ``lse`` ``[B, H, L]``, natural log, in fp32 (fp64

@@ -7,21 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "batched")
-"""``reference`` goes head by head, for a CPU; ``batched`` takes many heads at once, for a GPU."""
-
-
-def resolve(backend: str, like: Tensor) -> str:
-    """The backend that ``auto`` means for a tensor; any other name means itself.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend != "auto":
-        return backend
-    return "reference" if like.device.type == "cpu" else "batched"
+from dit_accel.kernels.backends import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +70,7 @@ def block_mean(
         perm: int64 ``[B|1, H|1, L]``.
         offsets: int32 ``[B|1, H|1, N + 1]``.
         valid: bool ``[B, L]``; tokens to count, all by default.
-        backend: ``"auto"``, or a name from `BACKENDS`; a named one never falls back.
+        backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
         ``[B, H, N, D]``, fp32 (fp64 for fp64 inputs); zero where a block is empty.
@@ -122,7 +108,7 @@ def block_summary(
         key_valid: bool ``[B, L]``; keys that count, all by default.
         k_var: compute ``k_var``.
         cov: compute ``cov_sum`` and ``cov_norm``.
-        backend: ``"auto"``, or a name from `BACKENDS`; a named one never falls back.
+        backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
         ``count`` int64 ``[B|1, H|1, N]``; ``k_mean``, ``v_mean``, ``k_var`` ``[B, H, N, D]``;

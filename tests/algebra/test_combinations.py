@@ -4,22 +4,22 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel import Method
+from dit_accel import Method, components
 from dit_accel.cluster import KMeans
-from dit_accel.combinations import RESTS, ROUTES, table
-from dit_accel.layout import LAYOUTS
+from dit_accel.combinations import LAYOUTS, RESTS, ROUTES, table
 
 GRID = (3, 4, 5)
-PAIRS = [(pair.route, pair.rest) for pair in table() if pair.reason is None]
+EVERY = list(table())
+TRIPLES = [(one.layout, one.route, one.rest) for one in EVERY if one.reason is None]
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "kmeans"])
-@pytest.mark.parametrize(("route", "rest"), PAIRS)
+@pytest.mark.parametrize(("layout", "route", "rest"), TRIPLES)
 def test_whatever_is_not_refused_runs(layout, route, rest):
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 67, 5, generator=generator, dtype=torch.float64)
     valid = torch.rand(2, 67, generator=generator) < 0.9
-    made = KMeans(4, 6) if layout == "kmeans" else LAYOUTS[layout](8)
+    small = components.make("layout", layout, block_size=8)
+    made = KMeans(4, 6) if layout == "kmeans" else small
     method = Method(made, ROUTES[route], RESTS[rest])
     where = {"grid": GRID, "text": slice(60, 67), "key_valid": valid, "layer": 2}
     out, report = dit_accel.attention(q, k, v, method, return_report=True, **where)
@@ -32,10 +32,15 @@ def test_whatever_is_not_refused_runs(layout, route, rest):
 
 
 def test_what_is_refused_has_a_reason():
-    refused = {(pair.route, pair.rest): pair.reason for pair in table() if pair.reason}
+    refused = {(one.layout, one.route, one.rest): one.reason for one in EVERY if one.reason}
     assert set(refused) == {
-        ("token gate", "taylor, rest"),
-        ("token gate", "moment, rest"),
-        *(("pyramid", rest) for rest in RESTS if rest != "drop"),
+        (layout, route, rest)
+        for layout in LAYOUTS
+        for route, rest in (
+            ("gate", "taylor, rest"),
+            ("gate", "moment, rest"),
+            *(("pyramid", rest) for rest in RESTS if rest != "drop"),
+        )
     }
     assert all(len(reason) > 20 for reason in refused.values())
+    assert len(EVERY) == len(LAYOUTS) * len(ROUTES) * len(RESTS)

@@ -89,9 +89,9 @@ def test_bad_options_are_told_in_one_line(options, message):
 
 
 def test_unknown_presets_and_positional_options_are_named():
-    with pytest.raises(InputError, match=r"expected one of dense, .*pisa.*got 'sparse'"):
+    with pytest.raises(InputError, match=r"expected one of custom, dense, .*got 'sparse'"):
         presets.build("sparse")
-    with pytest.raises(InputError, match=r"expected one of dense, .*pisa.*got 3"):
+    with pytest.raises(InputError, match=r"expected one of custom, dense, .*got 3"):
         presets.build(3)
     with pytest.raises(InputError, match=r"pisa: expected options by keyword only, got \(0.2,\)"):
         presets.pisa(0.2)

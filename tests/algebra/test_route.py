@@ -113,9 +113,9 @@ def test_heads_are_routed_alike_in_small_groups(monkeypatch):
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.1, math.nan])
 def test_densities_outside_are_named(density):
-    with pytest.raises(InputError, match=r"density: expected 0 < density <= 1, got"):
+    with pytest.raises(InputError, match=r"density: expected float > 0, <= 1, got"):
         PooledScore(density=density)
-    with pytest.raises(InputError, match=r"p: expected 0 < p <= 1, got"):
+    with pytest.raises(InputError, match=r"p: expected float > 0, <= 1, got"):
         PooledScore(p=density)
     with pytest.raises(InputError, match="select: expected 'topk' or 'topp', got 'best'"):
         PooledScore("best")

@@ -166,7 +166,7 @@ def test_methods(cli):
     assert cli("methods", "nothing")[0] == 2
     code, out, _ = cli("methods", "--table")
     assert code == 0
-    for word in ("token gate", "moment, rest", "none is left to a rest", "for every token"):
+    for word in ("gate", "cyclic", "moment, rest", "none is left to a rest", "for every token"):
         assert word in out
 
 
@@ -182,7 +182,7 @@ def test_models_and_version(cli):
 def test_doctor(cli):
     code, out, _ = cli("doctor")
     assert code == 0
-    for word in ("torch", "diffusers", "ffmpeg", "CPU", "attention: reference", "xformers"):
+    for word in ("torch", "diffusers", "ffmpeg", "CPU", "attention: reference", "dense xformers"):
         assert word in out
     found = {f["name"]: f for f in json.loads(cli("doctor", "--json")[1])["findings"]}
     assert found["attention: reference"]["works"]
@@ -192,8 +192,11 @@ def test_doctor(cli):
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
 def test_doctor_says_why_not(cli):
     found = {f["name"]: f for f in json.loads(cli("doctor", "--json")[1])["findings"]}
-    for name in ("GPU", "attention: batched", "attention: sdpa cudnn", "triton"):
+    for name in ("GPU", "attention: batched", "attention: dense cudnn", "triton"):
         assert not found[name]["works"], name
+    for name in ("sdpa", "flash"):
+        assert found[f"attention: dense {name}"]["works"], name
+    assert "there is none" in found["attention: dense cudnn"]["why"]
 
 
 def test_bench_attention(cli, tmp_path):

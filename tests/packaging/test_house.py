@@ -16,7 +16,7 @@ MAY = {
     "core": {"kernels", "core"},
     "pipelines": {"core", "pipelines"},
     "eval": {"core", "kernels", "pipelines", "eval"},
-    "cli": {"core", "pipelines", "eval", "cli"},
+    "cli": {"core", "kernels", "pipelines", "eval", "cli"},
 }
 
 

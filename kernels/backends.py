@@ -1,0 +1,81 @@
+"""Which implementation of an operation runs.
+
+``reference`` goes head by head, for a CPU; ``batched`` takes many heads at once, for a GPU;
+``triton`` is a kernel. An implementation that is asked for by name never falls back to another.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "batched", "triton")
+"""Names that an operation may know."""
+HEAD_SIZES = (64, 128)
+"""Head sizes that the kernels are tuned for; any multiple of 16 up to 128 runs by name."""
+
+
+def resolve(
+    backend: str,
+    like: Tensor,
+    known: Sequence[str] = BACKENDS[:3],
+    refusal: str | None = None,
+) -> str:
+    """The implementation that a name means for a tensor.
+
+    Args:
+        backend: ``"auto"`` or the name of one.
+        like: the tensor that the operation works on.
+        known: names of the implementations that the operation has, ``"auto"`` among them.
+        refusal: why the Triton kernel cannot take this call; ``None`` when it can.
+
+    Raises:
+        ValueError: there is none of this name, or it was named and cannot run.
+    """
+    if backend not in known:
+        raise ValueError(f"backend: expected one of {', '.join(known)}, got {backend!r}")
+    if backend == "triton" and refusal is not None:
+        raise ValueError(f"backend: expected one that can run here, got 'triton': {refusal}")
+    if backend != "auto":
+        return backend
+    if like.device.type == "cpu":
+        return "reference"
+    if "triton" in known and refusal is None and like.shape[-1] in HEAD_SIZES:
+        return "triton"
+    return "batched" if "batched" in known else "reference"
+
+
+def triton_refusal(like: Tensor) -> str | None:
+    """Why no Triton kernel can take a tensor ``[..., D]``; ``None`` when one can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if like.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it takes fp16, bf16 and fp32, not {like.dtype}"
+    depth = like.shape[-1]
+    if depth % 16 or not 16 <= depth <= 128 or depth & (depth - 1):
+        return f"it takes head sizes 16, 32, 64 and 128, not {depth}"
+    if like.device.type == "cuda":
+        return _too_old(like.device.index or 0)
+    if not interpreted():
+        return f"it runs on CUDA devices, not on {like.device.type}"
+    if like.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bf16 products wrongly"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU, as ``TRITON_INTERPRET=1`` makes it."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=8)
+def _too_old(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"it takes devices of compute capability 8.0 or newer, not {capability}"
+    return None
