@@ -9,6 +9,7 @@ from dit_accel.kernels.block_attention import block_attention
 from dit_accel.kernels.token_attention import token_attention
 from dit_accel.layout import Blocked
 from dit_accel.partial import Partial, merge
+from dit_accel.recorder import span
 from dit_accel.rest import Drop, Rest
 from dit_accel.types import EXACT, Context, Plan, Report, TokenPlan
 
@@ -32,7 +33,9 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
     outside = getattr(rest, "outside", None)
     kept: Partial | None = None if outside is None else outside(blocked, plan, ctx)
     if kept is not None:
-        return merge(direct(blocked, plan, ctx), kept)
+        inside = direct(blocked, plan, ctx)
+        with span("merge"):
+            return merge(inside, kept)
     if isinstance(plan, TokenPlan):
         return Partial(
             *token_attention(

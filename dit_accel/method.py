@@ -13,9 +13,15 @@ from torch import Tensor
 from dit_accel.attend import attend, dense_pairs, report
 from dit_accel.density import Budget, check_layers, count_steps, share_at
 from dit_accel.errors import InputError
+<<<<<<< HEAD
 from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
 from dit_accel.layout import Blocked, Layout, default_scale
 from dit_accel.partial import Partial
+=======
+from dit_accel.kernels.dense_attention import dense_attention
+from dit_accel.layout import Layout, default_scale
+from dit_accel.recorder import span
+>>>>>>> eval
 from dit_accel.rest import Rest
 from dit_accel.route import Route
 from dit_accel.types import Context, Plan, Report, TokenPlan
@@ -223,12 +229,19 @@ class Method:
         key_valid = ctx.geometry.key_valid
         if self.wants_all(ctx):
             every = dense_pairs(q, key_valid)
+<<<<<<< HEAD
             return self._dense(q, k, v, key_valid, scale), Report(every, every)
+=======
+            with span("attend"):
+                out = dense_attention(q, k, v, key_valid=key_valid, scale=scale)
+            return out, Report(every, every)
+>>>>>>> eval
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise InputError(
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "
                 "it under torch.no_grad()"
             )
+<<<<<<< HEAD
         call = self.trace(q, k, v, ctx, scale=scale)
         return call.partial.out, call.report
 
@@ -247,9 +260,17 @@ class Method:
         blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
         if not self._ask("settled", q, ctx):
             blocked.summary(*self.route.needs, *self.rest.needs)
+=======
+        with span("layout"):
+            blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
+            if not self._ask("settled", q, ctx):
+                blocked.summary(*self.route.needs, *self.rest.needs)
+>>>>>>> eval
         whole = self._ask("computes_all", q, ctx)
-        plan = self.route(blocked, self.rest, ctx)
-        partial = attend(blocked, plan, self.rest, ctx)
+        with span("route"):
+            plan = self.route(blocked, self.rest, ctx)
+        with span("attend"):
+            partial = attend(blocked, plan, self.rest, ctx)
         if whole:
             every = dense_pairs(q, ctx.geometry.key_valid)
             return Trace(blocked, plan, partial, Report(every, every))

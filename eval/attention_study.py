@@ -303,9 +303,7 @@ def _run_replays(
         progress("attention", len(wanted), len(wanted))
 
 
-def _run_maps(
-    study: Study, chosen: Sequence[Candidate], folder: File, progress: Progress
-) -> None:
+def _run_maps(study: Study, chosen: Sequence[Candidate], folder: File, progress: Progress) -> None:
     """Maps of the first prompt's calls: of every captured layer, at three steps or fewer."""
     calls, target = folder / "captures/p000", folder / "maps"
     target.mkdir(exist_ok=True)

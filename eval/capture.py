@@ -129,7 +129,7 @@ def capture(
     )
     accelerate(pipe, tap)
     try:
-        return generate(pipe, request, on_step, on_latents)
+        return generate(pipe, request, on_step, on_latents=on_latents)
     finally:
         restore(pipe)
 

@@ -47,14 +47,15 @@ def resident_peak(call: Callable[[], object]) -> int | None:
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-        before = _status("VmRSS")
+        before = status("VmRSS")
         call()
-        return _status("VmHWM") - before
+        return status("VmHWM") - before
     except OSError:
         return None
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """Bytes of a line of ``/proc/self/status``, such as ``VmRSS``; an OSError elsewhere."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024

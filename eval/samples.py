@@ -55,9 +55,9 @@ class Variant:
 
     @property
     def density(self) -> float | None:
-        """The density that was asked for, where the method has such an option."""
+        """The density that was asked for, where the method has such an option, as one number."""
         value = self.options.get("density")
-        return None if value is None else float(value)
+        return float(value) if isinstance(value, int | float) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def follow(pipe: Any, run: Runner, *, forced: Tensor | None = None) -> Path:
 
 def runner(pipe: Any, request: Request) -> Runner:
     """What `follow` runs."""
-    return lambda on_latents: generate(pipe, request, None, on_latents)
+    return lambda on_latents: generate(pipe, request, on_latents=on_latents)
 
 
 @dataclass(frozen=True, slots=True)

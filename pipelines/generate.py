@@ -18,6 +18,7 @@ from dit_accel.pipelines import embedded
 from dit_accel.pipelines.families import family_of, models_of
 from dit_accel.pipelines.plug import EMBEDDED, session_of
 from dit_accel.pipelines.wan import FAMILY
+from dit_accel.recorder import Stamp, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class Generation:
         density: exact pairs over all pairs of self-attention, measured; ``None`` where no processor
             of ours ran.
         by_step, by_layer: the same in parts.
+        latents: the final ones, fp32 on the CPU, without the batch's dimension.
+        step_latents: those after every step, if they were asked for.
     """
 
     frames: Tensor
@@ -64,6 +67,8 @@ class Generation:
     density: float | None
     by_step: dict[int, float]
     by_layer: dict[int, float]
+    latents: Tensor
+    step_latents: tuple[Tensor, ...] = ()
 
 
 _NAMES = {
@@ -133,6 +138,8 @@ def generate(
     pipe: Any,
     request: Request,
     on_step: Callable[[int, int], None] | None = None,
+    *,
+    keep_latents: bool = False,
     on_latents: Callable[[int, Tensor], Tensor | None] | None = None,
 ) -> Generation:
     """Run a pipeline once.
@@ -141,6 +148,7 @@ def generate(
         pipe: from `load`, with whatever processors it has.
         request: what to generate.
         on_step: called after every step with how many are done, and of how many.
+        keep_latents: also keep the latents after every step.
         on_latents: called after every step with its number, from 0, and the latents it made; what
             it returns takes their place, unless that is ``None``.
 
@@ -148,19 +156,21 @@ def generate(
         InputError: the request does not fit the model.
     """
     request = effective(pipe, request)
-    marks: list[float] = []
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    # where it computes, which offloading keeps apart from where it lies
+    watch = Watch(pipe._execution_device)
+    marks: list[Stamp] = []
+    latents: list[Tensor] = []
 
     def begin(*_: Any) -> None:
         if not marks:
-            marks.append(now())
+            marks.append(watch.now())
 
     def end(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        marks.append(now())
+        marks.append(watch.now())
+        if not keep_latents:
+            latents.clear()
+        # solvers may write into what they returned
+        latents.append(given["latents"][0].float().clone())
         if on_step is not None:
             on_step(step + 1, request.steps or 0)
         if on_latents is not None:
@@ -170,7 +180,8 @@ def generate(
         return given
 
     handles = [model.register_forward_pre_hook(begin) for model in models_of(pipe).values()]
-    start = now()
+    watch.wait()
+    start = time.perf_counter()
     try:
         frames = pipe(
             prompt=request.prompt,
@@ -180,7 +191,9 @@ def generate(
             callback_on_step_end=end,
             **{theirs: getattr(request, mine) for mine, theirs in _NAMES.items()},
         ).frames[0]
-        stop = now()
+        finished = watch.now()
+        watch.wait()
+        stop = time.perf_counter()
     finally:
         for handle in handles:
             handle.remove()
@@ -188,9 +201,11 @@ def generate(
     return Generation(
         frames.float().cpu(),
         stop - start,
-        tuple(after - before for before, after in itertools.pairwise(marks)),
-        stop - marks[-1],
+        tuple(itertools.starmap(watch.seconds, itertools.pairwise(marks))),
+        watch.seconds(marks[-1], finished),
         log.density,
         log.by_step,
         log.by_layer,
+        latents[-1].cpu(),
+        tuple(one.cpu() for one in latents) if keep_latents else (),
     )

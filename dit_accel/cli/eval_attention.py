@@ -63,6 +63,7 @@ def attention(
     quiet()
     from dit_accel.eval import attention_study, attention_summary, attention_tables, records
     from dit_accel.eval.candidates import candidates
+    from dit_accel.eval.prompts import prompts_of
     from dit_accel.pipelines import media
 
     chosen = candidates(
@@ -72,9 +73,10 @@ def attention(
         model=model,
         options={} if block_size is None else {"block_size": block_size},
     )
+    texts = tuple(one.text for one in prompts_of(prompts, model, limit)) if limit else ()
     study = attention_study.Study(
         model=model,
-        prompts=_prompts(prompts, limit),
+        prompts=texts,
         layers=layers,
         at=at,
         steps=steps,
@@ -133,22 +135,3 @@ def _grid(text: str) -> tuple[int, int, int]:
         raise InputError(f"grid: expected frames x rows x columns such as 5x16x16, got {text!r}")
     frames, rows, columns = map(int, words)
     return frames, rows, columns
-
-
-def _prompts(source: str, limit: int) -> tuple[str, ...]:
-    from dit_accel.errors import InputError
-
-    if limit == 0:
-        return ()
-    if source == "builtin":
-        from dit_accel.pipelines.tiny_wan import scenes
-
-        return tuple(scene.caption() for scene in scenes.evaluation_scenes(limit))
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(f"prompts: expected builtin or a text file, got {source!r}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    found = tuple(line for line in lines if line)[:limit]
-    if not found:
-        raise InputError(f"prompts: expected one prompt a line, got {source!r} without any")
-    return found
