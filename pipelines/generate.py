@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Generation:
         by_step, by_layer: the same in parts.
         latents: the final ones, fp32 on the CPU, without the batch's dimension.
         step_latents: those after every step, if they were asked for.
+        by_cell: density of every step, layer by layer.
     """
 
     frames: Tensor
@@ -69,6 +70,7 @@ class Generation:
     by_layer: dict[int, float]
     latents: Tensor
     step_latents: tuple[Tensor, ...] = ()
+    by_cell: dict[int, dict[int, float]] = field(default_factory=dict)
 
 
 _NAMES = {
@@ -208,4 +210,5 @@ def generate(
         log.by_layer,
         latents[-1].cpu(),
         tuple(one.cpu() for one in latents) if keep_latents else (),
+        log.by_cell,
     )
