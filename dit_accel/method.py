@@ -13,15 +13,10 @@ from torch import Tensor
 from dit_accel.attend import attend, dense_pairs, report
 from dit_accel.density import Budget, check_layers, count_steps, share_at
 from dit_accel.errors import InputError
-<<<<<<< HEAD
 from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
 from dit_accel.layout import Blocked, Layout, default_scale
 from dit_accel.partial import Partial
-=======
-from dit_accel.kernels.dense_attention import dense_attention
-from dit_accel.layout import Layout, default_scale
 from dit_accel.recorder import span
->>>>>>> eval
 from dit_accel.rest import Rest
 from dit_accel.route import Route
 from dit_accel.types import Context, Plan, Report, TokenPlan
@@ -229,19 +224,14 @@ class Method:
         key_valid = ctx.geometry.key_valid
         if self.wants_all(ctx):
             every = dense_pairs(q, key_valid)
-<<<<<<< HEAD
-            return self._dense(q, k, v, key_valid, scale), Report(every, every)
-=======
             with span("attend"):
-                out = dense_attention(q, k, v, key_valid=key_valid, scale=scale)
+                out = self._dense(q, k, v, key_valid, scale)
             return out, Report(every, every)
->>>>>>> eval
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise InputError(
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "
                 "it under torch.no_grad()"
             )
-<<<<<<< HEAD
         call = self.trace(q, k, v, ctx, scale=scale)
         return call.partial.out, call.report
 
@@ -257,15 +247,10 @@ class Method:
         """
         if self.layout is None or self.route is None or self.rest is None:
             raise InputError(f"{self.name}: trace: expected a sparse method, got dense attention")
-        blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
-        if not self._ask("settled", q, ctx):
-            blocked.summary(*self.route.needs, *self.rest.needs)
-=======
         with span("layout"):
             blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
             if not self._ask("settled", q, ctx):
                 blocked.summary(*self.route.needs, *self.rest.needs)
->>>>>>> eval
         whole = self._ask("computes_all", q, ctx)
         with span("route"):
             plan = self.route(blocked, self.rest, ctx)
