@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as File
 from typing import Any
 
@@ -27,6 +27,7 @@ from dit_accel.errors import InputError
 from dit_accel.eval import attention_maps, capture, fields, records
 from dit_accel.eval.attention_errors import Replay, replay
 from dit_accel.eval.candidates import Candidate
+from dit_accel.eval.samples import Settings
 from dit_accel.eval.trajectories import Course, Path, compare, follow, runner
 from dit_accel.pipelines import accelerate, load, media, restore
 from dit_accel.pipelines.generate import Request, effective
@@ -45,6 +46,7 @@ class Study:
             `dit_accel.eval.capture.chosen_layers` and `chosen_steps`.
         steps, guidance: of the generations; the model's own by default.
         seed: of the first prompt, and of the first synthetic field.
+        height, width, frames, negative_prompt: of the generations; likewise.
         synthetic: how many synthetic fields.
         grid, heads, depth, synthetic_steps: of these.
         generate: also generate with every candidate.
@@ -59,6 +61,10 @@ class Study:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    negative_prompt: str | None = None
     synthetic: int = 1
     grid: tuple[int, int, int] = (5, 16, 16)
     heads: int = 4
@@ -75,6 +81,21 @@ class Study:
         for free in ("prompts", "synthetic", "generate", "maps"):
             del told[free]
         return json.loads(records.dumps(told))
+
+
+def like_run(study: Study, settings: Settings, limit: int) -> Study:
+    """A study that generates as an evaluation run did, its first prompts."""
+    return replace(
+        study,
+        prompts=tuple(prompt.text for prompt in settings.prompts[:limit]),
+        steps=settings.steps,
+        guidance=settings.guidance,
+        seed=settings.seeds[0],
+        height=settings.height,
+        width=settings.width,
+        frames=settings.frames,
+        negative_prompt=settings.negative_prompt,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +229,16 @@ def _run_model(study: Study, chosen: Sequence[Candidate], folder: File, progress
     requests = [
         effective(
             pipe,
-            Request(prompt, steps=study.steps, guidance=study.guidance, seed=study.seed + i),
+            Request(
+                prompt,
+                study.negative_prompt,
+                study.height,
+                study.width,
+                study.frames,
+                study.steps,
+                study.guidance,
+                study.seed + i,
+            ),
         )
         for i, prompt in enumerate(study.prompts)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,13 @@ METHODS = "pisa,svg_ear,psa,vmoba,flashblock"
 
 
 def attention(
-    target: Annotated[Path, typer.Option("--out", help="Folder of the study; taken up if there.")],
+    target: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the study; taken up if there.")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="A run whose methods and settings are taken; its report shows the maps."),
+    ] = None,
     model: Annotated[
         str, typer.Option(help="An embedded model, a directory, or a hub id.")
     ] = "tiny-wan",
@@ -39,11 +46,12 @@ def attention(
     synthetic: Annotated[int, typer.Option(help="How many synthetic fields.")] = 1,
     grid: Annotated[str, typer.Option(help="Of the synthetic fields.")] = "5x16x16",
     generations: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--generations/--no-generations", help="Also generate clips with every candidate."
+            "--generations/--no-generations",
+            help="Also generate clips with every candidate; done unless there is a --run.",
         ),
-    ] = True,
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
 ) -> None:
@@ -60,23 +68,29 @@ def attention(
     for name, value in (("limit", limit), ("synthetic", synthetic)):
         if value < 0:
             raise InputError(f"{name}: expected 0 or more, got {value}")
+    if target is None and run is None:
+        raise InputError("out: expected a folder, or a --run to put it into, got neither")
     quiet()
     from dit_accel.eval import attention_study, attention_summary, attention_tables, records
-    from dit_accel.eval.candidates import candidates
+    from dit_accel.eval.candidates import candidates, of_run
     from dit_accel.eval.prompts import prompts_of
+    from dit_accel.eval.store import Store
     from dit_accel.pipelines import media
 
+    settings = None if run is None else Store(run).run().settings
+    target = target or Path(str(run)) / "attention"
+    if settings is not None:
+        model, device, dtype = settings.model, settings.device, settings.dtype
     chosen = candidates(
-        [] if methods == "none" else _words(methods),
+        [] if methods == "none" or settings is not None else _words(methods),
         {"none": [], "all": ["*"]}.get(combine, _words(combine)),
         densities=numbers,
         model=model,
         options={} if block_size is None else {"block_size": block_size},
     )
-    texts = tuple(one.text for one in prompts_of(prompts, model, limit)) if limit else ()
     study = attention_study.Study(
         model=model,
-        prompts=texts,
+        prompts=(),
         layers=layers,
         at=at,
         steps=steps,
@@ -84,10 +98,16 @@ def attention(
         seed=seed,
         synthetic=synthetic,
         grid=_grid(grid),
-        generate=generations,
+        generate=settings is None if generations is None else generations,
         device=device_of(device),
         dtype=dtype_of(dtype),
     )
+    if settings is not None:
+        chosen = [*of_run(settings), *chosen]
+        study = attention_study.like_run(study, settings, limit)
+    elif limit:
+        texts = tuple(one.text for one in prompts_of(prompts, model, limit))
+        study = replace(study, prompts=texts)
     with progress() as bars:
         tasks: dict[str, int] = {}
 

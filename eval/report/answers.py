@@ -43,16 +43,24 @@ def methods(summary: Summary) -> list[VariantSummary]:
 
 
 def answers(summary: Summary) -> list[Answer]:
-    """The best for every rung of the ladder, rungs of one answer taken together at the highest."""
+    """The best for every rung of the ladder, from the highest; rungs of one answer taken together.
+
+    Empty if dense attention is the answer everywhere.
+    """
     gain = gain_of(summary)
     found: list[Answer] = []
     for least in LADDER:
         best = best_of(methods(summary), gain, least)
-        slug = None if best is None else best.slug
-        if not found or slug != (found[-1].variant.slug if found[-1].variant else None):
+        if found and _slug(found[-1].variant) == _slug(best):
+            if best is None:  # what no method reaches begins at the lowest of these rungs
+                found[-1] = Answer(least, None)
+        else:
             found.append(Answer(least, best))
-    # "only dense" says something for the first rung above an answer, and nothing without any
     return found if any(answer.variant for answer in found) else []
+
+
+def _slug(variant: VariantSummary | None) -> str | None:
+    return None if variant is None else variant.slug
 
 
 def best_of(

@@ -17,7 +17,7 @@ import jinja2
 
 from dit_accel.errors import InputError
 from dit_accel.eval import records
-from dit_accel.eval.figures import Figure, Measure, Summary, VariantSummary
+from dit_accel.eval.figures import Measure, Summary, VariantSummary
 from dit_accel.eval.report import attention, plots
 from dit_accel.eval.report.answers import (
     answers,
@@ -64,7 +64,7 @@ def render(store: Store, summary: Summary, *, clips: int = 24) -> str:
         raise InputError(f"clips: expected a positive integer, got {clips}")
     run, samples = store.run(), store.samples()
     if not samples:
-        raise InputError(f"report: expected a run with samples, got {str(store.root)!r} without one")
+        raise InputError(f"report: expected a run with samples, got {str(store.root)!r}")
     numbers = colours(summary)
     players = _players(store, run, samples, summary, clips)
     data = {
@@ -75,7 +75,7 @@ def render(store: Store, summary: Summary, *, clips: int = 24) -> str:
     style, script = _file("style.css"), _file("script.js")
     page = _environment().get_template("report.html")
     return page.render(
-        title=f"{run.settings.model}: {', '.join(dict.fromkeys(v.method for v in methods(summary)))}",
+        title=f"{run.settings.model}: {', '.join(numbers)}",
         policy=_policy(script),
         style=style,
         script=script,
@@ -92,7 +92,7 @@ def render(store: Store, summary: Summary, *, clips: int = 24) -> str:
         absent=_absent(summary),
         failures=store.failures(),
         heat=_heat(summary, samples),
-        bars=plots.bars([(v.slug, v.breakdown) for v in summary.variants if v.breakdown]),
+        bars=_bars(summary, numbers),
         parts=PARTS,
         attention=attention.told(store.root / "attention"),
         attention_command=f"dit-accel eval attention --run {store.root}",
@@ -123,7 +123,6 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(number=number, setting=setting)
     return made
 
 
@@ -187,10 +186,13 @@ def _answers(summary: Summary, numbers: dict[str, int]) -> list[dict[str, Any]]:
     return rows
 
 
+_BUDGETS = ("density", "p", "threshold", "ratios")
+"""Options that say how much a method computes."""
+
+
 def _asked(variant: VariantSummary) -> str:
     """What a variant was set to, in few words."""
-    kept = {k: v for k, v in variant.options.items() if k in ("density", "p", "threshold", "ratios")}
-    return setting(kept)
+    return setting({name: variant.options.get(name) for name in _BUDGETS})
 
 
 def _slider(summary: Summary, numbers: dict[str, int]) -> dict[str, Any] | None:
@@ -224,6 +226,8 @@ def _said(variant: VariantSummary, summary: Summary, numbers: dict[str, int]) ->
         measure = summary.measures[name]
         told[name] = None if figure is None else with_unit(figure.value, measure)
         told[f"{name}_span"] = "" if figure is None else interval(figure, measure)
+    share = variant.figures.get("density")
+    told["pairs"] = None if share is None else f"{share.value:.1%}"
     return told
 
 
@@ -244,7 +248,8 @@ def _plots(summary: Summary, numbers: dict[str, int]) -> list[dict[str, Any]]:
                 x, y = variant.figures.get(name), variant.figures.get(measure.name)
                 if finite(x) is None or finite(y) is None:
                     continue
-                assert x is not None and y is not None
+                assert x is not None
+                assert y is not None
                 points.append(
                     plots.Point(variant.slug, variant.slug, numbers[variant.method], x, y)
                 )
@@ -309,7 +314,7 @@ def _is_best(variant: VariantSummary, measure: Measure, summary: Summary) -> boo
     if measure.better is None or mine is None or variant.role != "method":
         return False
     others = [f.value for v in methods(summary) if (f := v.figures.get(measure.name)) is not None]
-    if len(others) < 2:
+    if len(set(others)) < 2:
         return False
     return mine.value == (max(others) if measure.better == "higher" else min(others))
 
@@ -344,8 +349,10 @@ def _players(
         (prompt, seed + prompt.number)
         for prompt in run.settings.prompts
         for seed in run.settings.seeds
-        if any(Key(v.slug, prompt.number, seed + prompt.number) in by_key
-               for v in run.settings.variants)  # fmt: skip
+        if any(
+            Key(v.slug, prompt.number, seed + prompt.number) in by_key
+            for v in run.settings.variants
+        )
     ]
     if len(wanted) > clips:
         wanted = [wanted[(2 * i + 1) * len(wanted) // (2 * clips)] for i in range(clips)]
@@ -388,7 +395,9 @@ def _notes(
         if value is not None and sample.variant != "dense":
             measure = summary.measures[name]
             found.append(with_unit(value, measure))
-    return [*found, f"density {sample.density.total:.3f}", f"{sample.seconds.denoise:.2f} s"]
+    if sample.variant == "dense":
+        return [*found, f"{sample.seconds.denoise:.2f} s"]
+    return [*found, f"density {sample.density.total:.3f}"]
 
 
 # --- density and settings -------------------------------------------------------------------------
@@ -427,6 +436,29 @@ def _mean_cells(all_cells: Sequence[dict[int, dict[int, float]]]) -> dict[int, d
         step: {layer: fmean(cells[step][layer] for cells in all_cells) for layer in row}
         for step, row in all_cells[0].items()
     }
+
+
+def _bars(summary: Summary, numbers: dict[str, int]) -> list[dict[str, Any]]:
+    """Seconds of one sample by part, one bar a variant, on one scale."""
+    shown = [variant for variant in summary.variants if sum(variant.breakdown.values()) > 0]
+    longest = max((sum(variant.breakdown.values()) for variant in shown), default=1.0)
+    return [
+        {
+            "slug": variant.slug,
+            "colour": numbers.get(variant.method),
+            "total": sum(variant.breakdown.values()),
+            "parts": [
+                {
+                    "name": part,
+                    "seconds": variant.breakdown[part],
+                    "width": 100 * variant.breakdown[part] / longest,
+                }
+                for part in PARTS
+                if variant.breakdown.get(part, 0) > 0
+            ],
+        }
+        for variant in shown
+    ]
 
 
 def _settings(run: Run) -> list[tuple[str, str]]:

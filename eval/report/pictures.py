@@ -76,7 +76,7 @@ def ramp_colour(share: float) -> tuple[int, int, int]:
     place = share * (len(stops) - 1)
     i = min(int(place), len(stops) - 2)
     mixed = stops[i] + (place - i) * (stops[i + 1] - stops[i])
-    return tuple(int(round(value)) for value in mixed)  # type: ignore[return-value]
+    return tuple(round(value) for value in mixed.tolist())  # type: ignore[return-value]
 
 
 def shares(made: Maps, head: int) -> list[dict[str, object]]:
@@ -101,10 +101,8 @@ def shares(made: Maps, head: int) -> list[dict[str, object]]:
 
 def top_of(maps: list[Maps]) -> float:
     """Top of a scale that all these errors share."""
-    most = [float(one.error[one.error.isfinite()].max()) for one in maps
-            if bool(one.error.isfinite().any())]  # fmt: skip
-    rows = [float(one.row[one.row.isfinite()].max()) for one in maps]
-    return max([*most, *rows, 1e-6])
+    parts = [part[part.isfinite()] for one in maps for part in (one.error, one.row)]
+    return max([1e-6, *(float(part.max()) for part in parts if len(part))])
 
 
 def _scaled(error: Tensor, largest: float) -> Tensor:

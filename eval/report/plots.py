@@ -9,11 +9,10 @@ from html import escape
 
 from dit_accel.eval.figures import Figure, Measure
 from dit_accel.eval.report.answers import frontier
-from dit_accel.eval.report.text import interval, number, with_unit
-from dit_accel.eval.samples import PARTS
+from dit_accel.eval.report.text import interval, with_unit
 
 _WIDTH, _HEIGHT = 440, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 16, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 30, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +98,9 @@ def pareto(
                      f'text-anchor="end">{_tick(value, y)}</text>')  # fmt: skip
     unit = f", {y.unit}" if y.unit else ""
     parts.append(f'<text class="axis" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">'
-                 f"{escape(x.title)}{' (less is further right)' if x_falls else ''}</text>")  # fmt: skip
-    parts.append(f'<text class="axis" x="{_LEFT}" y="{_HEIGHT - 8}">'
-                 f"↑ {escape(y.title)}{unit}</text>")  # fmt: skip
+                 f"{escape(x.title)}{', less is right' if x_falls else ''} →</text>")  # fmt: skip
+    parts.append(f'<text class="axis" x="4" y="12">↑ {escape(y.title)}{unit}'
+                 f"{', less is up' if y_falls else ''}</text>")  # fmt: skip
     if x.name == "speedup":
         at = across(1.0)
         parts.append(f'<line class="ref" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" '
@@ -115,13 +114,14 @@ def pareto(
                          f'y2="{at:.1f}"/><text class="note" x="{_WIDTH - _RIGHT - 4}" '
                          f'y="{at - 5:.1f}" text-anchor="end">{told}</text>')  # fmt: skip
         else:
-            parts.append(f'<text class="note" x="{_WIDTH - _RIGHT - 4}" y="{_TOP + 4}" '
+            parts.append(f'<text class="note" x="{_WIDTH - _RIGHT - 4}" y="12" '
                          f'text-anchor="end">{told} ↑</text>')  # fmt: skip
     signs = [(-p.x.value if x_falls else p.x.value, -p.y.value if y_falls else p.y.value)
              for p in points]  # fmt: skip
     best = frontier(signs)
     if len(best) > 1:
-        path = " ".join(f"{across(points[i].x.value):.1f},{up(points[i].y.value):.1f}" for i in best)
+        ends = [(across(points[i].x.value), up(points[i].y.value)) for i in best]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in ends)
         parts.append(f'<polyline class="frontier" points="{path}"/>')
     labels = _placed([(across(p.x.value), up(p.y.value), p.label) for p in points])
     for i, point in enumerate(points):
@@ -224,37 +224,6 @@ def heatmap(cells: Mapping[int, Mapping[int, float]], name: str) -> str:
             if value is None:
                 continue
             parts.append(f'<rect x="{unit * i}" y="{unit * j}" width="{unit}" height="{unit}" '
-                         f'fill-opacity="{max(0.02, value):.3f}"><title>step {step}, layer {layer}: '
-                         f"{value:.3f}</title></rect>")  # fmt: skip
+                         f'fill-opacity="{max(0.02, value):.3f}"><title>step {step}, '
+                         f"layer {layer}: {value:.3f}</title></rect>")  # fmt: skip
     return "".join(parts) + "</svg>"
-
-
-def bars(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
-    """Seconds by part, one bar a variant, on one scale."""
-    high = max((sum(parts.values()) for _, parts in rows), default=0.0)
-    if not high > 0:
-        return ""
-    left, width, line = 112, 600, 26
-    tall = line * len(rows) + 22
-    out = [f'<svg class="bars" viewBox="0 0 {width} {tall}" role="img" '
-           'aria-label="Seconds of one sample, by part">']  # fmt: skip
-    scale = (width - left - 56) / high
-    for value in ticks(0, high, 4):
-        at = left + value * scale
-        out.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{tall - 18}"/>'
-                   f'<text class="tick" x="{at:.1f}" y="{tall - 4}" text-anchor="middle">'
-                   f"{value:g} s</text>")  # fmt: skip
-    for i, (name, parts) in enumerate(rows):
-        y, x = line * i + 4, float(left)
-        out.append(f'<text class="name" x="{left - 8}" y="{y + 13}" text-anchor="end">'
-                   f"{escape(name)}</text>")  # fmt: skip
-        for j, part in enumerate(PARTS):
-            value = parts.get(part, 0.0)
-            if value > 0:
-                out.append(f'<rect class="p{j}" x="{x:.2f}" y="{y}" width="{value * scale:.2f}" '
-                           f'height="{line - 8}"><title>{escape(name)}, {part}: {number(value)} s'
-                           "</title></rect>")  # fmt: skip
-                x += value * scale
-        out.append(f'<text class="tick" x="{x + 6:.1f}" y="{y + 13}">{sum(parts.values()):.2f} s'
-                   "</text>")  # fmt: skip
-    return "".join(out) + "</svg>"

@@ -27,8 +27,10 @@ def number(value: float, measure: Measure | None = None) -> str:
         return f"{value:.1%}"
     if measure is not None and measure.unit in _DIGITS:
         text = f"{value:,.{_DIGITS[measure.unit]}f}"
+    elif measure is not None and measure.name == "density":
+        text = f"{value:.3f}"
     elif value and abs(value) < 1e-3:
-        text = f"{value:.1e}"
+        text = f"{value:.2g}"
     else:
         text = f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
     return text.replace("-", "−")

@@ -24,7 +24,7 @@
       const parts = [make("b", { textContent: best.method })];
       if (best.setting) parts.push(` at ${best.setting}`);
       if (best.speedup) parts.push(": ", make("b", { textContent: best.speedup }), " the speed of dense");
-      if (best.density) parts.push(`, ${best.density} of the pairs computed`);
+      if (best.pairs) parts.push(`, ${best.pairs} of the pairs computed`);
       const spans = [`PSNR ${best.psnr}${best.psnr_span ? ` (${best.psnr_span})` : ""}`];
       if (best.speedup_span) spans.push(`speed-up ${best.speedup_span}`);
       $("verdict").replaceChildren(...parts, make("small", { textContent: spans.join(" · ") }));
