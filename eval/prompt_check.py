@@ -19,7 +19,7 @@ from torch import Tensor
 from dit_accel import presets
 from dit_accel.errors import InputError
 from dit_accel.eval import checker
-from dit_accel.eval.fidelity import psnr
+from dit_accel.eval.metrics.fidelity import psnr
 from dit_accel.method import Method
 from dit_accel.pipelines import accelerate, embedded, load, restore, session_of
 from dit_accel.pipelines.tiny_wan import scenes

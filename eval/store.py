@@ -68,7 +68,7 @@ class Store:
         path = self.root / "run.json"
         if not path.is_file():
             raise InputError(f"run: expected a folder with a run.json, got {str(self.root)!r}")
-        return _read(Run, path)
+        return parse(Run, path)
 
     def claim(self, settings: Settings, command: tuple[str, ...] = ()) -> Run:
         """Begin a run here, or take up the one that is here.
@@ -116,7 +116,7 @@ class Store:
         Raises:
             InputError: it is not there.
         """
-        return _read(Sample, self.folder(key) / "sample.json")
+        return parse(Sample, self.folder(key) / "sample.json")
 
     def samples(self, variant: str | None = None) -> list[Sample]:
         """All samples that are there, of one variant if it is named, by prompt and seed."""
@@ -188,7 +188,7 @@ class Store:
 
     def failures(self) -> list[Failure]:
         """Samples that were tried and are not there, with the reasons."""
-        found = [_read(Failure, path) for path in sorted(self.root.glob("failures/*/*.json"))]
+        found = [parse(Failure, path) for path in sorted(self.root.glob("failures/*/*.json"))]
         there = self.finished()
         return [failure for failure in found if failure.key not in there]
 
@@ -206,7 +206,12 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(kind)
 
 
-def _read(kind: type[T], path: Path) -> T:
+def parse(kind: type[T], path: Path) -> T:
+    """One of the format's files.
+
+    Raises:
+        InputError: it is not there, or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -235,7 +240,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _same(root: Path, known: Run, mine: Run) -> None:
     """Raise an InputError unless two runs may be mixed."""
-    changed = list(_differences(known, mine))
+    changed = list(differences(known, mine))
     if changed:
         raise InputError(
             f"{root}: expected the settings of the run that lies there, or another folder, got "
@@ -243,7 +248,8 @@ def _same(root: Path, known: Run, mine: Run) -> None:
         )
 
 
-def _differences(known: Run, mine: Run) -> Iterator[str]:
+def differences(known: Run, mine: Run) -> Iterator[str]:
+    """In which settings, versions and devices two runs differ, in words."""
     for entry in fields(Settings):
         theirs, ours = getattr(known.settings, entry.name), getattr(mine.settings, entry.name)
         # as they are after a trip through JSON

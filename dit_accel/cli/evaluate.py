@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from dit_accel.cli.eval_attention import attention
+from dit_accel.cli.eval_report import report
+from dit_accel.cli.eval_run import compare, run
 
 app = typer.Typer(help="Measure methods, always against dense attention in the same run.")
 
@@ -14,4 +16,7 @@ def root() -> None:
     """Measure methods, always against dense attention in the same run."""
 
 
+app.command("run")(run)
+app.command("report")(report)
+app.command("compare")(compare)
 app.command("attention")(attention)

@@ -179,7 +179,7 @@ def _times(result: Generation) -> dict[str, Any]:
 def _measured(result: Generation, dense: Generation | None) -> dict[str, float] | None:
     if dense is None:
         return None
-    from dit_accel.eval.fidelity import psnr, ssim
+    from dit_accel.eval.metrics.fidelity import psnr, ssim
 
     return {
         "psnr": psnr(result.frames, dense.frames),

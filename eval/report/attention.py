@@ -56,8 +56,7 @@ def maps_of(folder: Path) -> dict[str, Any] | None:
         "kinds": list(attention_maps.KINDS),
         "palette": [f"rgb({r} {g} {b})" for r, g, b in pictures.PALETTE],
         "ramp": [
-            f"rgb({r} {g} {b})"
-            for r, g, b in (pictures.ramp_colour(i / 8) for i in range(9))
+            f"rgb({r} {g} {b})" for r, g, b in (pictures.ramp_colour(i / 8) for i in range(9))
         ],
         "decades": pictures.DECADES,
         "maps": shown,

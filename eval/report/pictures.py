@@ -111,9 +111,7 @@ def _scaled(error: Tensor, largest: float) -> Tensor:
 
 def _thinned(kind: Tensor) -> Tensor:
     """At most `LARGEST` along each side, by taking evenly spaced pairs: kinds have no mean."""
-    picks = [
-        torch.linspace(0, size - 1, min(size, LARGEST)).round().long() for size in kind.shape
-    ]
+    picks = [torch.linspace(0, size - 1, min(size, LARGEST)).round().long() for size in kind.shape]
     return kind[picks[0]][:, picks[1]].contiguous()
 
 

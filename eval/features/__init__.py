@@ -1,0 +1,1 @@
+"""Networks whose features a distribution is measured by."""

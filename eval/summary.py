@@ -1,0 +1,350 @@
+"""From the samples of a run to its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dit_accel.eval import real
+from dit_accel.eval.features.extractor import Extractor, extractor_of
+from dit_accel.eval.figures import MEASURES, Figure, Summary, VariantSummary
+from dit_accel.eval.metrics import bootstrap, distribution, fidelity, semantic, speed, vbench
+from dit_accel.eval.samples import DENSE, Key, Sample, Settings, Variant
+from dit_accel.eval.store import Store
+from dit_accel.pipelines import embedded
+
+FIDELITY = ("psnr", "ssim", "lpips", "latent_error", "psnr_worst_frame")
+_MEDIANS = {
+    "speedup", "attention_speedup", "seconds", "step_seconds", "denoise_seconds",
+    "decode_seconds", "attention_seconds",
+}  # fmt: skip
+_REFERENCE = "it is the reference itself"
+_NO_SAMPLE = "there is no sample of it"
+_NO_DENSE = "there is no dense sample beside it"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the figures are made with, beside the samples.
+
+    Attributes:
+        features: the feature network; see `dit_accel.eval.features.extractor.extractor_of`.
+        real: a folder of real clips or images; ``None`` draws procedural ones for an embedded
+            model, and leaves FID and KID to real clips out for others.
+    """
+
+    features: str = "auto"
+    real: Path | None = None
+
+
+class _Notes:
+    """Values of one variant by measure and sample, and reasons where there are none."""
+
+    def __init__(self) -> None:
+        self.each: dict[str, dict[Key, float]] = {}
+        self.absent: dict[str, str] = {}
+
+    def add(self, name: str, key: Key, value: float) -> None:
+        self.each.setdefault(name, {})[key] = value
+
+    def lack(self, names: Iterable[str], reason: str) -> None:
+        for name in names:
+            self.absent.setdefault(name, reason)
+
+
+def summarise(
+    store: Store, choices: Choices = Choices(), progress: Progress | None = None
+) -> Summary:
+    """The figures of the samples that are there.
+
+    Args:
+        store: of a run, finished or not.
+        choices: see there.
+        progress: called with how many samples have been looked at, and of how many.
+
+    Raises:
+        InputError: there is no run, or a choice does not fit.
+    """
+    settings = store.run().settings
+    extractor = extractor_of(choices.features, settings.model)
+    lpips = fidelity.lpips()
+    there = store.finished()
+    keys = [key for key in settings.every_key() if key in there]
+    samples = {key: store.sample(key) for key in keys}
+    noted = {variant.slug: _Notes() for variant in settings.variants}
+    features: dict[str, dict[Key, Tensor]] = {slug: {} for slug in noted}
+    dense: tuple[Key, Tensor, Tensor] | None = None
+    # every_key goes prompt by prompt, dense first
+    for done, key in enumerate(keys):
+        frames, latents = store.frames(key), store.latents(key)["final"]
+        notes = noted[key.variant]
+        if key.variant == DENSE:
+            dense = key, frames, latents
+        elif dense is not None and (dense[0].prompt, dense[0].seed) == (key.prompt, key.seed):
+            _fidelity(notes, key, frames, latents, dense[1], dense[2], lpips)
+        _alone(notes, key, frames, samples[key])
+        if isinstance(extractor, Extractor):
+            features[key.variant][key] = extractor.features(frames)
+        if progress is not None:
+            progress(done + 1, len(keys))
+    references = {key: sample for key, sample in samples.items() if key.variant == DENSE}
+    for slug, notes in noted.items():
+        mine = [sample for key, sample in samples.items() if key.variant == slug]
+        for name, values in speed.ratios(mine, references).items():
+            for key, value in values.items():
+                notes.add(name, key, value)
+        notes.lack(("spatial_relation",), semantic.why_no_relation(settings.model))
+        if isinstance(lpips, str):
+            notes.lack(("lpips",), lpips)
+        if slug == DENSE:
+            notes.lack((*FIDELITY, "fid_dense", "kid_dense"), _REFERENCE)
+    _weights(store, settings, noted, samples)
+    distances = _distances(settings, choices, extractor, features, noted)
+    failed = store.failures()
+    variants = tuple(
+        _variant(
+            variant,
+            noted[variant.slug],
+            distances[variant.slug],
+            [sample for key, sample in samples.items() if key.variant == variant.slug],
+            sum(failure.variant == variant.slug for failure in failed),
+        )
+        for variant in settings.variants
+    )
+    return Summary(
+        MEASURES,
+        variants,
+        complete=len(keys) == len(settings.every_key()),
+        notes=_remarks(settings, choices, extractor, features),
+    )
+
+
+def _fidelity(
+    notes: _Notes,
+    key: Key,
+    frames: Tensor,
+    latents: Tensor,
+    dense_frames: Tensor,
+    dense_latents: Tensor,
+    lpips: Callable[[Tensor, Tensor], float] | str,
+) -> None:
+    notes.add("psnr", key, fidelity.psnr(frames, dense_frames))
+    notes.add("psnr_worst_frame", key, min(fidelity.psnr_by_frame(frames, dense_frames)))
+    notes.add("ssim", key, fidelity.ssim(frames, dense_frames))
+    notes.add("latent_error", key, fidelity.latent_error(latents, dense_latents))
+    if not isinstance(lpips, str):
+        notes.add("lpips", key, lpips(frames, dense_frames))
+
+
+def _alone(notes: _Notes, key: Key, frames: Tensor, sample: Sample) -> None:
+    """What a sample comes to without any other."""
+    found, absent = speed.of_sample(sample)
+    for name, value in found.items():
+        notes.add(name, key, value)
+    for name, reason in absent.items():
+        notes.lack((name,), reason)
+    if len(frames) > 1:
+        notes.add("temporal_flickering", key, vbench.temporal_flickering(frames))
+    else:
+        notes.lack(vbench.DIMENSIONS, "it needs clips, and these are images")
+    judged = semantic.judge(frames, sample.text)
+    if isinstance(judged, str):
+        notes.lack(semantic.NAMES, judged)
+    else:
+        for name, value in judged.items():
+            notes.add(name, key, value)
+
+
+def _weights(
+    store: Store, settings: Settings, noted: dict[str, _Notes], samples: Mapping[Key, Sample]
+) -> None:
+    """VBench's dimensions that need weights."""
+    reasons = vbench.reasons()
+    runnable = [name for name in vbench.NEEDS_WEIGHTS if name not in reasons]
+    for slug, notes in noted.items():
+        for name, reason in reasons.items():
+            notes.lack((name,), reason)
+        paths = {
+            str(store.folder(key) / sample.media): key
+            for key, sample in samples.items()
+            if key.variant == slug and sample.media.endswith(".mp4")
+        }
+        if not runnable or not paths:
+            continue
+        scores = vbench.by_package([Path(p) for p in paths], runnable, settings.device)
+        for name, given in scores.items():
+            if isinstance(given, str):
+                notes.lack((name,), given)
+                continue
+            for path, value in given.items():
+                notes.add(name, paths[path], value)
+
+
+# -- distributions ---------------------------------------------------------------------------------
+
+
+def _distances(
+    settings: Settings,
+    choices: Choices,
+    extractor: Extractor | str,
+    features: Mapping[str, Mapping[Key, Tensor]],
+    noted: Mapping[str, _Notes],
+) -> dict[str, dict[str, Figure]]:
+    """FID and KID of every variant, to real clips and to the dense ones."""
+    found: dict[str, dict[str, Figure]] = {slug: {} for slug in noted}
+    if isinstance(extractor, str):
+        for notes in noted.values():
+            notes.lack(("fid", "kid", "fid_dense", "kid_dense"), extractor)
+        return found
+    truth = _real(settings, choices, extractor)
+    for slug, notes in noted.items():
+        mine = features[slug]
+        if isinstance(truth, str):
+            notes.lack(("fid", "kid"), truth)
+        else:
+            _distance(found[slug], notes, ("fid", "kid"), mine, truth)
+        if slug == DENSE:
+            continue
+        pairs = {key: Key(DENSE, key.prompt, key.seed) for key in mine}
+        both = {key: row for key, row in mine.items() if pairs[key] in features[DENSE]}
+        dense = [features[DENSE][pairs[key]] for key in both]
+        _distance(found[slug], notes, ("fid_dense", "kid_dense"), both, dense, paired=True)
+    return found
+
+
+def _real(settings: Settings, choices: Choices, extractor: Extractor) -> list[Tensor] | str:
+    if choices.real is not None:
+        return [extractor.features(clip) for clip in real.from_folder(choices.real, settings)]
+    if embedded.find(settings.model) is None:
+        return "no folder of real clips was given (--real)"
+    clips = real.procedural(settings)
+    if not clips:
+        return "no prompt is a caption of the embedded domain, so that no real clip can be drawn"
+    return [extractor.features(clip) for clip in clips]
+
+
+def _distance(
+    figures: dict[str, Figure],
+    notes: _Notes,
+    names: tuple[str, str],
+    mine: Mapping[Key, Tensor],
+    others: list[Tensor],
+    paired: bool = False,
+) -> None:
+    """FID and KID of features to others; ``paired`` ones are left out together."""
+    rows = list(mine.values())
+    if sum(map(len, rows)) < 2 or sum(map(len, others)) < 2:
+        notes.lack(names, "there are fewer than two samples")
+        return
+    groups: dict[int, list[int]] = {}
+    for i, key in enumerate(mine):
+        groups.setdefault(key.prompt, []).append(i)
+    fixed = torch.cat(others)
+
+    def both(kept: Iterable[int]) -> tuple[Tensor, Tensor]:
+        chosen = list(kept)
+        other = torch.cat([others[i] for i in chosen]) if paired else fixed
+        return torch.cat([rows[i] for i in chosen]), other
+
+    def fid(kept: Iterable[int]) -> float:
+        return distribution.frechet(*both(kept))
+
+    def kid(kept: Iterable[int]) -> float:
+        return distribution.kernel_distance(*both(kept), paired=paired)
+
+    for name, measure in zip(names, (fid, kid), strict=True):
+        found = bootstrap.jackknife(list(groups.values()), measure)
+        value = found or (measure(range(len(rows))), None, None)
+        figures[name] = Figure(*value, len(rows))
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def _variant(
+    variant: Variant,
+    notes: _Notes,
+    distances: Mapping[str, Figure],
+    samples: list[Sample],
+    failed: int,
+) -> VariantSummary:
+    figures = {name: figure_of(name, values) for name, values in notes.each.items()} | dict(
+        distances
+    )
+    absent = {
+        name: _NO_SAMPLE
+        if not samples
+        else notes.absent.get(name, "there is no dense sample of it")
+        for name in MEASURES
+        if name not in figures
+    }
+    return VariantSummary(
+        slug=variant.slug,
+        method=variant.method,
+        role=variant.role,
+        options=variant.options,
+        samples=len(samples),
+        failed=failed,
+        figures={name: figures[name] for name in MEASURES if name in figures},
+        absent=absent,
+        by_step=speed.mean_density(sample.density.by_step for sample in samples),
+        by_layer=speed.mean_density(sample.density.by_layer for sample in samples),
+        attention_seconds=speed.medians(sample.attention_seconds for sample in samples),
+        breakdown=speed.breakdown(samples),
+        each={
+            name: {key.name: value for key, value in values.items()}
+            for name, values in notes.each.items()
+        },
+    )
+
+
+def by_prompt(values: Mapping[Key, float]) -> dict[int, float]:
+    """Mean over the seeds of each prompt: prompts are independent, seeds of one are not."""
+    groups: dict[int, list[float]] = {}
+    for key, value in values.items():
+        groups.setdefault(key.prompt, []).append(value)
+    return {prompt: sum(group) / len(group) for prompt, group in sorted(groups.items())}
+
+
+def figure_of(name: str, values: Mapping[Key, float]) -> Figure:
+    """The figure that values of single samples make."""
+    means = list(by_prompt(values).values())
+    if name == "peak_memory":
+        return Figure(max(values.values()), None, None, len(means))
+    statistic = bootstrap.median if name in _MEDIANS else bootstrap.mean
+    low, high = bootstrap.interval(means, statistic) or (None, None)
+    given = torch.tensor(means, dtype=torch.float64)
+    value = given.quantile(0.5) if name in _MEDIANS else given.mean()
+    return Figure(float(value), low, high, len(means))
+
+
+def _remarks(
+    settings: Settings,
+    choices: Choices,
+    extractor: Extractor | str,
+    features: Mapping[str, Mapping[Key, Tensor]],
+) -> tuple[str, ...]:
+    told = [
+        "Intervals are of 95%, over prompts (seeds of one prompt are averaged first): bootstrap "
+        f"percentiles, and the jackknife for FID and KID; none of fewer than {bootstrap.FEWEST}.",
+        "Frames are compared as shown, in 8 bits; latents in fp32.",
+    ]
+    if isinstance(extractor, Extractor):
+        where = "procedural clips of the same prompts" if choices.real is None else choices.real
+        told.append(
+            f"FID and KID on the features of {extractor.name} (one for each {extractor.of}), "
+            f"against {where}."
+        )
+        rows = list(features[DENSE].values())
+        count = sum(map(len, rows))
+        if rows and count <= rows[0].shape[1]:
+            told.append(f"FID is biased here: {count} samples for {rows[0].shape[1]} features.")
+    if any(variant.role == "floor" for variant in settings.variants):
+        told.append("Dense by another attention backend shows what rounding alone does.")
+    return tuple(told)
