@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.eval.fidelity import psnr, ssim
+from dit_accel.eval.metrics.fidelity import psnr, ssim
 from dit_accel.pipelines.families import models_of
 from dit_accel.pipelines.generate import Generation, Request, generate
 

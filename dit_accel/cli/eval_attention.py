@@ -52,6 +52,10 @@ def attention(
             help="Also generate clips with every candidate; done unless there is a --run.",
         ),
     ] = None,
+    maps: Annotated[
+        bool,
+        typer.Option("--maps/--no-maps", help="Also map the pairs of blocks, for the report."),
+    ] = True,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
 ) -> None:
@@ -99,6 +103,7 @@ def attention(
         synthetic=synthetic,
         grid=_grid(grid),
         generate=settings is None if generations is None else generations,
+        maps=maps,
         device=device_of(device),
         dtype=dtype_of(dtype),
     )

@@ -13,7 +13,12 @@ from dit_accel.eval.store import Store
 
 
 def players(
-    store: Store, run: Run, samples: Sequence[Sample], summary: Summary, clips: int, numbers: dict[str, int]
+    store: Store,
+    run: Run,
+    samples: Sequence[Sample],
+    summary: Summary,
+    clips: int,
+    numbers: dict[str, int],
 ) -> dict[str, Any]:
     """What the players show: prompts, and the clips of every variant."""
     by_key = {sample.key: sample for sample in samples}

@@ -116,8 +116,8 @@ def _thinned(kind: Tensor) -> Tensor:
 
 
 def _shrunk(x: Tensor) -> Tensor:
-    size = [min(side, LARGEST) for side in x.shape]
-    if size == list(x.shape):
+    size = (min(x.shape[0], LARGEST), min(x.shape[1], LARGEST))
+    if size == tuple(x.shape):
         return x
     return torch.nn.functional.adaptive_avg_pool2d(x[None, None], size)[0, 0]
 
