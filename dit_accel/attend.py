@@ -62,6 +62,9 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
         key_valid=blocked.geometry.key_valid,
         scale=blocked.scale,
         rest=rest.terms(blocked, ctx),
+        levels=plan.levels,
+        q_longest=blocked.queries.longest,
+        k_longest=blocked.keys.longest,
     )
     return Partial(out, lse)
 

@@ -7,12 +7,14 @@ Queries and keys are clustered by themselves, by batch element and head (arXiv 2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.kernels.kmeans import kmeans
+from dit_accel.kernels.order import label_order
 from dit_accel.layout import TEXT_BLOCK, Blocked, cut, default_scale
 from dit_accel.types import Blocks, Context, Geometry
 
@@ -106,12 +108,10 @@ def _blocks(labels: Tensor, clusters: int, where: Geometry) -> Blocks:
     batch, heads, _ = labels.shape
     device = labels.device
     start, stop = where.text_span
-    cells = labels.argsort(dim=-1, stable=True)
+    cells, bounds = label_order(labels, clusters)
     tokens = torch.where(cells < start, cells, cells + (stop - start))
     text = torch.arange(start, stop, device=device).expand(batch, heads, -1)
-    sizes = torch.zeros(batch, heads, clusters, dtype=torch.int64, device=device)
-    sizes.scatter_add_(2, labels, torch.ones_like(labels))
-    tail = torch.tensor(cut(stop - start, TEXT_BLOCK), dtype=torch.int64, device=device)
-    sizes = torch.cat([sizes, tail.expand(batch, heads, -1)], -1)
-    offsets = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).to(torch.int32)
+    ends = torch.tensor(list(accumulate(cut(stop - start, TEXT_BLOCK))), dtype=torch.int32)
+    ends = (ends + labels.shape[-1]).to(device, non_blocking=True).expand(batch, heads, -1)
+    offsets = torch.cat([bounds, ends], -1)
     return Blocks(torch.cat([tokens, text], -1), offsets, clusters)

@@ -69,33 +69,31 @@ def _tiled(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"tile": tile_of(given["block_size"])} if "block_size" in given else {}
 
 
-_ADAPT: Final = {Tile3D: _tiled}
-
+_ROWS: Final[dict[Kind, tuple[Component, ...]]] = {
+    "layout": (
+        *(
+            _component("layout", name, make, adapt=_tiled if make is Tile3D else None)
+            for name, make in LAYOUTS.items()
+        ),
+        _component("layout", "kmeans", KMeans),
+    ),
+    "route": (
+        _component("route", "topk", PooledScore, without=("p",), select="topk"),
+        _component("route", "topp", PooledScore, without=("density",), select="topp"),
+        _component("route", "error", ErrorAware),
+        _component("route", "gate", Gate),
+        _component("route", "pyramid", Pyramid),
+        _component("route", "everything", Everything),
+    ),
+    "rest": (
+        _component("rest", "drop", Drop),
+        _component("rest", "centroid", Centroid),
+        _component("rest", "taylor", Taylor),
+        _component("rest", "moment", Moment),
+    ),
+}
 COMPONENTS: Final[Mapping[Kind, Mapping[str, Component]]] = {
-    kind: {one.name: one for one in rows}
-    for kind, rows in {
-        "layout": (
-            *(
-                _component("layout", name, make, adapt=_ADAPT.get(make))
-                for name, make in LAYOUTS.items()
-            ),
-            _component("layout", "kmeans", KMeans),
-        ),
-        "route": (
-            _component("route", "topk", PooledScore, without=("p",), select="topk"),
-            _component("route", "topp", PooledScore, without=("density",), select="topp"),
-            _component("route", "error", ErrorAware),
-            _component("route", "gate", Gate),
-            _component("route", "pyramid", Pyramid),
-            _component("route", "everything", Everything),
-        ),
-        "rest": (
-            _component("rest", "drop", Drop),
-            _component("rest", "centroid", Centroid),
-            _component("rest", "taylor", Taylor),
-            _component("rest", "moment", Moment),
-        ),
-    }.items()
+    kind: {one.name: one for one in rows} for kind, rows in _ROWS.items()
 }
 """The table: a new layout, route or rest is one row in here."""
 
@@ -118,7 +116,7 @@ def choose(kind: Kind, owner: str, given: Mapping[str, Any]) -> dict[str, Any]:
         InputError: the name or an option is unknown, or a value does not fit.
     """
     known, name = COMPONENTS[kind], given.get("name")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         got = repr(name) if "name" in given else "nothing"
         raise InputError(
             f"{owner}: {kind}.name: expected {' | '.join(known)}, got {got}{closest(name, known)}"

@@ -85,10 +85,7 @@ def method_of(owner: str, given: Mapping[str, Any]) -> Method:
 def config_of(method: Method) -> dict[str, Any]:
     """`Method.to_config`."""
     if _is_as_made(method):
-        options = {
-            name: describe(name, value) if _is_part(name, value) else plain(value)
-            for name, value in method.options.items()
-        }
+        options = {name: _described(name, value) for name, value in method.options.items()}
         return {"method": method.name, "options": options}
     if method.layout is None:
         return {"method": "dense", "options": {"backend": method.backend}}
@@ -109,8 +106,12 @@ def _is_as_made(method: Method) -> bool:
     return all(getattr(made, part) == getattr(method, part) for part in _PARTS)
 
 
-def _is_part(name: str, value: Any) -> bool:
-    return name in COMPONENTS and not isinstance(value, str | Mapping)
+def _described(name: str, value: Any) -> Any:
+    """An option as a configuration has it; a layout, route or rest may be there as an object."""
+    for kind in COMPONENTS:
+        if name == kind and not isinstance(value, str | Mapping):
+            return describe(kind, value)
+    return plain(value)
 
 
 def _build(config: Config) -> Method:
@@ -152,18 +153,19 @@ def _named(owner: str, key: str, given: Any) -> Mapping[str, Any]:
     return given
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # which has no types
     """YAML that says so when a key is there twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise InputError(f"expected {key!r} once, got it again in line {line}")
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        found: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 def _read(path: Path) -> Mapping[str, Any]:

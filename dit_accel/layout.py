@@ -128,9 +128,11 @@ def join_text(
     start, stop = text_span
     tokens = torch.where(cells < start, cells, cells + (stop - start))
     perm = torch.cat([tokens, torch.arange(start, stop)])
-    every = torch.tensor([0, *sizes, *cut(stop - start, text_block)])
-    offsets = every.cumsum(0).to(torch.int32)
-    return Blocks(perm.to(device).view(1, 1, -1), offsets.to(device).view(1, 1, -1), len(sizes))
+    every = [*sizes, *cut(stop - start, text_block)]
+    offsets = torch.tensor([0, *every]).cumsum(0).to(torch.int32)
+    return Blocks(
+        perm.to(device).view(1, 1, -1), offsets.to(device).view(1, 1, -1), len(sizes), max(every)
+    )
 
 
 # What a layout makes of a grid: the video cells in order, and one list of sizes a partition.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor
 
 from dit_accel.errors import InputError
-from dit_accel.kernels.ragged import order_of, positions
+from dit_accel.kernels.block_importance import block_importance
+from dit_accel.kernels.packed import compact
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.rest import Drop
 from dit_accel.types import DROP, EXACT, Context, Plan
@@ -28,7 +30,7 @@ RATIOS: Final = {
 CAPS: Final = {2: 0.7, 4: 0.65, 8: 0.6}
 """Least mean cosine of neighbouring keys that may be pooled to a level."""
 _SHARE = 4
-_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,61 +94,66 @@ class Pyramid:
             dtype=torch.int8,
             device=blocked.q.device,
         )
-        if rows and columns and self.ratios[0] < 1:
-            for b in range(batch):
-                for h in range(heads):
-                    importance, count = self._importance(blocked, b, h, rows, columns)
-                    level = self._levels(importance, count)
-                    if self.similarity_cap:
-                        level = self._capped(level, blocked, b, h, columns)
-                    code[b, h, :rows, :columns] = level
-        return Plan(code)
-
-    def _importance(
-        self, blocked: Blocked, b: int, h: int, rows: int, columns: int
-    ) -> tuple[Tensor, Tensor]:
-        """Importance ``[rows, columns]`` of a head's pairs, and keys in a block ``[columns]``."""
-        valid = blocked.geometry.key_valid
-        keys = order_of(blocked.keys.perm, blocked.keys.offsets, valid, b, h)
-        queries = order_of(blocked.queries.perm, blocked.queries.offsets, None, b, h)
-        k_tokens, k_sizes = self._sampled(keys.tokens, keys.starts[:columns], keys.sizes[:columns])
-        q_tokens, q_sizes = self._sampled(
-            queries.tokens, queries.starts[:rows], queries.sizes[:rows]
+        if not (rows and columns and self.ratios[0] < 1):
+            return Plan(code, LEVELS[1:])
+        keys, queries = blocked.keys, blocked.queries
+        order = compact(keys.perm, keys.offsets, blocked.geometry.key_valid)
+        # any token will do for what is no sample
+        tokens, bounds = order.perm.long().clamp_(min=0), order.offsets[..., : columns + 1]
+        q_tokens, q_bounds = self._sampled(queries.perm, queries.offsets[..., : rows + 1])
+        k_tokens, k_bounds = self._sampled(tokens, bounds)
+        importance = block_importance(
+            blocked.q,
+            blocked.k,
+            q_tokens=q_tokens,
+            q_bounds=q_bounds,
+            k_tokens=k_tokens,
+            k_bounds=k_bounds,
+            scale=blocked.scale,
         )
-        work = torch.promote_types(blocked.q.dtype, torch.float32)
-        query = blocked.q[b, h].index_select(0, q_tokens).to(work) * blocked.scale
-        key = blocked.k[b, h].index_select(0, k_tokens).to(work)
-        column = torch.arange(columns, device=key.device)
-        column = column.repeat_interleave(k_sizes, output_size=key.shape[0])
-        row = torch.arange(rows, device=key.device)
-        row = row.repeat_interleave(q_sizes, output_size=query.shape[0])
-        importance = query.new_zeros(rows, columns)
-        step = max(1, _CHUNK_BYTES // (max(1, key.shape[0]) * 2 * key.element_size()))
-        for first in range(0, query.shape[0] if key.shape[0] else 0, step):
-            some = slice(first, first + step)
-            share = (query[some] @ key.mT).softmax(-1)
-            by_block = share.new_zeros(share.shape[0], columns).index_add_(1, column, share)
-            importance.index_add_(0, row[some], by_block)
-        return importance, keys.sizes[:columns]
+        count = bounds.diff(dim=-1).expand(batch, heads, -1)
+        # ranks of a few heads at a time take what the importance of all does
+        step = max(1, _CHUNK_BYTES // (importance[:, :1].numel() * 8))
+        for h in range(0, heads, step):
+            some = slice(h, h + step)
+            level = self._levels(importance[:, some], count[:, some])
+            if self.similarity_cap:
+                allowed = allowed_levels(
+                    blocked.k[:, some], _heads(tokens, some), _heads(bounds, some)
+                )
+                level = allowed.gather(-1, level.mT.long()).mT
+            code[:, some, :rows, :columns] = level
+        return Plan(code, LEVELS[1:])
 
-    def _sampled(self, tokens: Tensor, starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """A quarter of every block's tokens, at least one, and how many of each."""
+    def _sampled(self, tokens: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+        """A quarter of every block's tokens, at least one, and where those of each block lie.
+
+        There are as many places as samples could be, since how many there are is not known to the
+        host; those behind the last sample hold some token.
+        """
+        bounds = bounds.long()
+        lead = tuple(max(a, b) for a, b in zip(tokens.shape[:2], bounds.shape[:2], strict=True))
+        tokens, bounds = tokens.expand(*lead, -1), bounds.expand(*lead, -1)
+        sizes = bounds.diff(dim=-1)
         counts = -(-sizes // _SHARE)
-        inside = positions(torch.zeros_like(starts), counts)
-        block = torch.arange(sizes.numel(), device=sizes.device)
-        block = block.repeat_interleave(counts, output_size=inside.numel())
+        ends = counts.cumsum(-1)
+        places = (tokens.shape[-1] + (_SHARE - 1) * sizes.shape[-1]) // _SHARE
+        place = torch.arange(places, device=tokens.device).expand(*lead, -1).contiguous()
+        block = torch.searchsorted(ends, place, right=True).clamp_(max=sizes.shape[-1] - 1)
+        inside = place - (ends - counts).gather(-1, block)
+        size, number = sizes.gather(-1, block), counts.gather(-1, block).clamp(min=1)
         if self.sample == "stride":
-            inside = ((2 * inside + 1) * sizes[block]) // (2 * counts[block])
+            inside = ((2 * inside + 1) * size) // (2 * number)
         else:
             # one token of each run of four, so that a block is still covered evenly
-            generator = torch.Generator().manual_seed(self.seed)
-            shift = torch.randint(0, _SHARE, inside.shape, generator=generator).to(inside.device)
-            inside = torch.minimum(inside * _SHARE + shift, sizes[block] - 1)
-        return tokens[starts[block] + inside], counts
+            shift = _shifts(places, self.seed, tokens.device)
+            inside = torch.minimum(inside * _SHARE + shift, size - 1)
+        where = (bounds.gather(-1, block) + inside).clamp_(0, tokens.shape[-1] - 1)
+        return tokens.gather(-1, where), torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
 
     def _levels(self, importance: Tensor, count: Tensor) -> Tensor:
-        """int8 ``[Nq, Nk]``: the level of every pair."""
-        full = count > 0
+        """int8 ``[B, H, Nq, Nk]``: the level of every pair."""
+        full = (count > 0).unsqueeze(-2)
         ranked, order = importance.masked_fill(~full, -1.0).sort(
             dim=-1, descending=True, stable=True
         )
@@ -156,45 +163,55 @@ class Pyramid:
             before = (ranked.cumsum(-1) - ranked) / total
         else:
             place = torch.arange(ranked.shape[-1], device=ranked.device, dtype=torch.float64)
-            before = (place / full.sum().clamp(min=1)).expand_as(ranked)
+            before = (place / full.sum(-1, keepdim=True).clamp(min=1)).expand_as(ranked)
         level = torch.full_like(order, DROP, dtype=torch.int8)
         for bound, number in zip(reversed(self.ratios), reversed(LEVELS), strict=True):
             level.masked_fill_(before < bound, number)
         return torch.zeros_like(level).scatter_(-1, order, level)
 
-    def _capped(self, level: Tensor, blocked: Blocked, b: int, h: int, columns: int) -> Tensor:
-        """The levels, no coarser than the likeness of neighbouring keys allows."""
-        keys = order_of(blocked.keys.perm, blocked.keys.offsets, blocked.geometry.key_valid, b, h)
-        allowed = allowed_levels(
-            blocked.k[b, h], keys.tokens, keys.starts[:columns], keys.sizes[:columns]
-        )
-        return allowed.gather(1, level.mT.long()).mT
+
+def _heads(tensor: Tensor, heads: slice) -> Tensor:
+    """``tensor[:, heads]``, where the second dimension may be 1."""
+    return tensor if tensor.shape[1] == 1 else tensor[:, heads]
 
 
-def allowed_levels(k: Tensor, tokens: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
-    """int8 ``[N, 9]``: by block and level asked for, the level that its keys are alike enough for.
+@lru_cache(maxsize=8)
+def _shifts(length: int, seed: int, device: torch.device) -> Tensor:
+    """int64 ``[length]`` below `_SHARE`, the same on every device."""
+    with torch.inference_mode(False):  # a cached inference tensor could not be used outside
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, _SHARE, (length,), generator=generator).to(device)
+
+
+def allowed_levels(k: Tensor, tokens: Tensor, bounds: Tensor) -> Tensor:
+    """int8 ``[B, H, N, 9]``: by block and level, the level that its keys are alike enough for.
 
     Args:
-        k: ``[L, D]``.
-        tokens: int64 ``[M]``, the valid tokens in the layout's order.
-        starts, sizes: int64 ``[N]``, the blocks.
+        k: ``[B, H, L, D]``.
+        tokens: int64 ``[B|1, H|1, L]``, the layout's order, valid tokens first.
+        bounds: int32 ``[B|1, H|1, N + 1]``, the blocks.
     """
-    count = int(sizes.sum())
-    key = torch.nn.functional.normalize(
-        k[tokens[:count]].to(torch.promote_types(k.dtype, torch.float32)), dim=-1
-    )
-    block = torch.arange(sizes.numel(), device=k.device)
-    block = block.repeat_interleave(sizes, output_size=count)
-    inside = torch.arange(count, device=k.device) - starts[block]
-    cosine = (key[:-1] * key[1:]).sum(-1)
-    together = block[:-1] == block[1:]
-    allowed = torch.zeros(sizes.numel(), LEVELS[-1] + 1, dtype=torch.int8, device=k.device)
-    allowed[:, EXACT] = EXACT
+    batch, heads, length, _ = k.shape
+    tokens, bounds = (x.long().expand(batch, heads, -1) for x in (tokens, bounds))
+    starts, ends = bounds[..., :-1], bounds[..., 1:].contiguous()
+    place = torch.arange(length, device=k.device).expand(batch, heads, -1).contiguous()
+    block = torch.searchsorted(ends, place, right=True)
+    within = block < ends.shape[-1]
+    block.clamp_(max=ends.shape[-1] - 1)
+    inside = place - starts.gather(-1, block)
+    key = k.gather(2, tokens.unsqueeze(-1).expand(-1, -1, -1, k.shape[3]))
+    key = torch.nn.functional.normalize(key.to(torch.promote_types(k.dtype, torch.float32)), dim=-1)
+    cosine = (key[:, :, :-1] * key[:, :, 1:]).sum(-1)
+    together = (block[..., :-1] == block[..., 1:]) & within[..., 1:]
+    first = block[..., :-1]
+    allowed = torch.zeros(*starts.shape, LEVELS[-1] + 1, dtype=torch.int8, device=k.device)
+    allowed[..., EXACT] = EXACT
     for level in LEVELS[1:]:
-        pooled = together & (inside[:-1] // level == inside[1:] // level)
-        total = cosine.new_zeros(sizes.shape).index_add_(0, block[:-1][pooled], cosine[pooled])
-        pairs = torch.zeros_like(sizes).index_add_(0, block[:-1][pooled], together[pooled].long())
+        pooled = together & (inside[..., :-1] // level == inside[..., 1:] // level)
+        total = cosine.new_zeros(starts.shape)
+        total.scatter_add_(-1, first, torch.where(pooled, cosine, 0.0))
+        pairs = torch.zeros_like(starts).scatter_add_(-1, first, pooled.long())
         # a block of one key is its own mean
         alike = (pairs == 0) | (total / pairs.clamp(min=1) >= CAPS[level])
-        allowed[:, level] = torch.where(alike, level, allowed[:, level // 2])
+        allowed[..., level] = torch.where(alike, level, allowed[..., level // 2])
     return allowed

@@ -111,10 +111,9 @@ def get(name: str) -> Preset:
         InputError: there is none of this name.
     """
     if not isinstance(name, str) or name not in _TABLE:
-        raise InputError(
-            f"method: expected one of {', '.join(sorted(_TABLE))}, got {name!r}"
-            f"{closest(name, _TABLE)}"
-        )
+        is_file = str(name).endswith((".yaml", ".yml", ".json"))
+        hint = " (a file is read by Method.from_config)" if is_file else closest(name, _TABLE)
+        raise InputError(f"method: expected one of {', '.join(sorted(_TABLE))}, got {name!r}{hint}")
     return _TABLE[name]
 
 

@@ -8,7 +8,6 @@ property ``budget``, its name and value (`dit_accel.density.Budget`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
+from dit_accel.kernels.topk import topk_mask
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.types import EXACT, REST, Context, Plan, TokenPlan
 
@@ -140,13 +140,8 @@ def choose_topk(score: Tensor, available: Tensor, density: float) -> Tensor:
     Returns:
         bool, as ``score``. A row with nothing available stays empty.
     """
-    wanted = [[max(1, math.floor(density * n)) for n in row] for row in available.tolist()]
-    most = min(max(map(max, wanted)), score.shape[-1])
-    best, order = score.topk(most, dim=-1)
-    rank = torch.arange(most, device=score.device)
-    limit = torch.tensor(wanted, device=score.device).view(*available.shape, 1, 1)
-    take = (rank < limit) & (best > -torch.inf)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, take)
+    wanted = (available.double() * density).floor().clamp(min=1).long()
+    return topk_mask(score, wanted)
 
 
 def choose_topp(logit: Tensor, p: float) -> Tensor:

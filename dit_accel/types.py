@@ -90,11 +90,14 @@ class Blocks:
             ``offsets[i] .. offsets[i + 1] - 1``. Empty blocks are allowed.
         num_video: blocks ``0 .. num_video - 1`` hold video tokens, the others text tokens, which
             always come last in the order.
+        longest: tokens of the longest block, or a bound of it, where a layout knows without
+            asking the device.
     """
 
     perm: Tensor
     offsets: Tensor
     num_video: int
+    longest: int | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -135,9 +138,11 @@ class Plan:
     Attributes:
         code: int8 ``[B|1, H|1, Nq, Nk]``; ``EXACT`` (1), ``DROP`` (0), ``REST`` (-1), or a pooling
             level 2, 4, 8. Rows and columns of text blocks are ``EXACT``.
+        levels: which pooling levels ``code`` may hold.
     """
 
     code: Tensor
+    levels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ def resolve(
     like: Tensor,
     known: Sequence[str] = BACKENDS[:3],
     refusal: str | None = None,
+    *,
+    any_size: bool = False,
 ) -> str:
     """The implementation that a name means for a tensor.
 
@@ -33,6 +37,7 @@ def resolve(
         like: the tensor that the operation works on.
         known: names of the implementations that the operation has, ``"auto"`` among them.
         refusal: why the Triton kernel cannot take this call; ``None`` when it can.
+        any_size: whether ``like`` has no head size last, which would have to be a tuned one.
 
     Raises:
         ValueError: there is none of this name, or it was named and cannot run.
@@ -45,7 +50,8 @@ def resolve(
         return backend
     if like.device.type == "cpu":
         return "reference"
-    if "triton" in known and refusal is None and like.shape[-1] in HEAD_SIZES:
+    tuned = any_size or like.shape[-1] in HEAD_SIZES
+    if "triton" in known and refusal is None and tuned:
         return "triton"
     return "batched" if "batched" in known else "reference"
 
@@ -73,9 +79,23 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is one of compute capability 9.0."""
+    return device.type == "cuda" and _capability(device.index or 0) == (9, 0)
+
+
 @lru_cache(maxsize=8)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def _too_old(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
+    capability = _capability(index)
     if capability < (8, 0):
         return f"it takes devices of compute capability 8.0 or newer, not {capability}"
     return None
+
+
+def implementation(operation: str, name: str) -> ModuleType:
+    """The module of an operation's implementation, imported when it is first used."""
+    return importlib.import_module(f"dit_accel.kernels.{operation}.{name}")

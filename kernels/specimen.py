@@ -33,6 +33,7 @@ class Specimen:
         constants: of all others.
         options: of the launch, such as ``num_warps``.
         least: the oldest architecture that it is for.
+        aligned: integers that Triton finds divisible by 16 at launch, as strides mostly are.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Specimen:
     constants: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     least: int = 80
+    aligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,12 @@ class Usage:
     registers: int
     spilled: int
     shared: int
+
+
+def typed(kernel: Any, constants: Mapping[str, Any], **types: str) -> dict[str, str]:
+    """A kernel's signature: 32-bit integers, but for what is constant or told otherwise."""
+    names = (name for name in kernel.arg_names if name not in constants)
+    return {name: types.get(name, "i32") for name in names}
 
 
 def specimens() -> Iterator[tuple[str, Specimen]]:
@@ -83,7 +91,7 @@ def compile_for(specimen: Specimen, architecture: int) -> Usage:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name in specimen.aligned
     }
     made = _source_of(kernel)(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", architecture, 32)

@@ -64,7 +64,6 @@ class Clock:
         *,
         told: Told | None = None,
         scheduler: Any = None,
-        num_timesteps: int | None = None,
         timestep: Any = None,
     ) -> Moment:
         """The moment of the forward that is about to run.
@@ -72,7 +71,6 @@ class Clock:
         Args:
             told: the cache context, where there is one.
             scheduler: the pipeline's, where there is a pipeline.
-            num_timesteps: what the pipeline says of its loop's length.
             timestep: as the transformer was given it, any shape; the values are compared only when
                 the others cannot be right.
         """
@@ -84,9 +82,9 @@ class Clock:
         name = None if told is None else told.name
         index, total = None, None
         if told is not None and told.step_index is not None:
-            index, total = told.step_index, told.num_inference_steps or num_timesteps
+            index, total = told.step_index, told.num_inference_steps
         elif not self._by_value:
-            index, total = self._of_scheduler(scheduler, timesteps, num_timesteps)
+            index, total = self._of_scheduler(scheduler, timesteps)
         self._by_value = index is None
         if index is not None and index == self._step and self._unexpected(name):
             # the index did not move: another branch, unless somebody else drives the transformer
@@ -109,9 +107,7 @@ class Clock:
         self._step, self._last = index, timestep
         return Moment(index, total, branch, first)
 
-    def _of_scheduler(
-        self, scheduler: Any, timesteps: Any, num_timesteps: int | None
-    ) -> tuple[int | None, int | None]:
+    def _of_scheduler(self, scheduler: Any, timesteps: Any) -> tuple[int | None, int | None]:
         """Step and number of steps by the scheduler; nothing if it cannot be driving this."""
         if timesteps is None or not hasattr(scheduler, "step_index"):
             return None, None
@@ -126,7 +122,7 @@ class Clock:
                 moved = 0 if self._step is None else self._step + 1
                 self._offset = index - moved if begin is None else begin
             step = index - self._offset
-        total = num_timesteps or len(timesteps) - (self._offset or 0)
+        total = len(timesteps) - (self._offset or 0)
         if not 0 <= step < total:
             return None, None
         return step, total

@@ -142,15 +142,16 @@ def vocabulary_message(name: str, tokenizer: Any, unknown: list[str]) -> str:
 
 def warn_of_unknown_words(pipe: Any, name: str) -> None:
     """Make a pipeline answer a word outside its vocabulary with a `VocabularyWarning`."""
-    encode = pipe.encode_prompt
+    # neither a closure nor a bound method: the pipeline can then be copied and pickled
+    pipe.encode_prompt = functools.partial(_encode_prompt, pipe, name)
 
-    @functools.wraps(encode)
-    def encode_prompt(prompt: Any, negative_prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
-        unknown = unknown_words(pipe.tokenizer, prompt)
-        unknown += unknown_words(pipe.tokenizer, negative_prompt)
-        if unknown:
-            message = vocabulary_message(name, pipe.tokenizer, list(dict.fromkeys(unknown)))
-            warnings.warn(message, VocabularyWarning, stacklevel=3)
-        return encode(prompt, negative_prompt, *args, **kwargs)
 
-    pipe.encode_prompt = encode_prompt
+def _encode_prompt(
+    pipe: Any, name: str, prompt: Any, negative_prompt: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    unknown = unknown_words(pipe.tokenizer, prompt)
+    unknown += unknown_words(pipe.tokenizer, negative_prompt)
+    if unknown:
+        message = vocabulary_message(name, pipe.tokenizer, list(dict.fromkeys(unknown)))
+        warnings.warn(message, VocabularyWarning, stacklevel=3)
+    return type(pipe).encode_prompt(pipe, prompt, negative_prompt, *args, **kwargs)

@@ -77,18 +77,13 @@ class FluxProcessor(MethodProcessor, FluxAttnProcessor):
                 f"{self.method.name}: expected no mask in FLUX's attention, got one of shape "
                 f"{list(attention_mask.shape)}"
             )
-        binding, ctx = self.begin(attn)
-        if self.method.is_dense(ctx):
-            self.note_dense(binding, ctx, hidden_states, attn.heads)
+        if self.steps_aside(attn, hidden_states):
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb
             )
-        query, key, value = self._project(
-            attn, hidden_states, encoder_hidden_states, image_rotary_emb
+        out = self.attend(
+            attn, *self._project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         )
-        out, report = self.method(query, key, value, ctx)
-        binding.record(ctx, report)
-        out = out.transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return out
         text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)

@@ -9,8 +9,10 @@ nothing but the hooks in its registry, needs a place there.
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
+import torch
 from diffusers.hooks.hooks import (
     BaseState,
     CacheContext,
@@ -19,11 +21,12 @@ from diffusers.hooks.hooks import (
     ModelHook,
     StateManager,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from dit_accel.errors import InputError
-from dit_accel.pipelines.families import Family
-from dit_accel.pipelines.session import Session
+from dit_accel.pipelines.compiled import enter, number_of
+from dit_accel.pipelines.families import family_of
+from dit_accel.pipelines.session import HOOK, Session
 
 NAME = "dit_accel"
 
@@ -58,41 +61,64 @@ class _Listener(ModelHook):
 
 
 class RootHook:
-    """On one transformer of a session, from construction until `remove`."""
+    """On one transformer of a session, from construction until `remove`.
 
-    def __init__(self, name: str, model: nn.Module, family: Family, session: Session) -> None:
-        self._model, self._listener = model, _Listener(session)
+    A copy of the transformer has a copy of this, which belongs to that copy's session.
+    """
+
+    def __init__(self, name: str, model: nn.Module, session: Session) -> None:
+        listener = _Listener(session)
         registry = HookRegistry.check_if_exists_or_initialize(model)
         # First in the order and without a wrapper: other hooks can then come and go in any order.
-        registry.hooks[NAME] = self._listener
+        registry.hooks[NAME] = listener
         registry._hook_order.insert(0, NAME)
         registry._fn_refs.insert(0, HookFunctionReference())
         registry.invalidate_child_registries_cache()
-        signature = inspect.signature(type(model).forward)
+        handle = model.register_forward_pre_hook(_tell, with_kwargs=True, prepend=True)
+        self.__setstate__((name, model, session, listener, handle))
 
-        def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = signature.bind(module, *args, **kwargs).arguments
-            geometry = None
-            try:
-                geometry = family.geometry(module, given)
-            except InputError:
-                # what stands there may be stock, which needs no grid
-                ours = family.processor_type
-                if any(isinstance(attn.processor, ours) for attn in family.self_attention(module)):
-                    raise
-            session.enter(
-                name,
-                geometry,
-                told=self._listener.told,
-                timestep=given.get("timestep"),
-            )
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self._name, self._model(), self.session, self._listener, self._handle
 
-        self._handle = model.register_forward_pre_hook(tell, with_kwargs=True, prepend=True)
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._name, model, self.session, self._listener, self._handle = state
+        self._model = weakref.ref(model)
+        self.signature = inspect.signature(type(model).forward)
+        self.number = number_of(self)
+        self.session.hosts[self._name] = self._model
+
+    def enter(self, given: dict[str, Any]) -> None:
+        """A forward begins, with these arguments by name."""
+        model = self._model()
+        family = family_of(model)
+        assert family is not None
+        geometry = None
+        try:
+            geometry = family.geometry(model, given)
+        except InputError:
+            # what stands there may be stock, which needs no grid
+            ours = family.processor_type
+            if any(isinstance(attn.processor, ours) for attn in family.self_attention(model)):
+                raise
+        self.session.enter(
+            self._name, geometry, told=self._listener.told, timestep=given.get("timestep")
+        )
 
     def remove(self) -> None:
         """Take the hook off; nothing remains."""
         self._handle.remove()
-        registry = HookRegistry.check_if_exists_or_initialize(self._model)
+        registry = HookRegistry.check_if_exists_or_initialize(self._model())
         at = registry._hook_order.index(NAME)
         del registry.hooks[NAME], registry._hook_order[at], registry._fn_refs[at]
         registry.invalidate_child_registries_cache()
+
+
+def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # found by the module, and no method of an object: a copy of the module keeps this very function
+    hook: RootHook = getattr(module, HOOK)
+    given = hook.signature.bind(module, *args, **kwargs).arguments
+    if not torch.compiler.is_compiling():
+        hook.enter(given)
+        return
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    enter(hook.session.ticks, hook.number, " ".join(tensors), list(tensors.values()))

@@ -56,18 +56,12 @@ class HunyuanVideoProcessor(MethodProcessor, HunyuanVideoAttnProcessor2_0):
         """
         if encoder_hidden_states is None:
             return self._refine(attn, hidden_states, attention_mask=attention_mask)
-        binding, ctx = self.begin(attn)
-        if self.method.is_dense(ctx):
-            self.note_dense(binding, ctx, hidden_states, attn.heads)
+        if self.steps_aside(attn, hidden_states):
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
             )
-        query, key, value = self._project(
-            attn, hidden_states, encoder_hidden_states, image_rotary_emb
-        )
-        out, report = self.method(query, key, value, ctx)
-        binding.record(ctx, report)
-        out = out.transpose(1, 2).flatten(2)
+        projected = self._project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        out = self.attend(attn, *projected, mask=attention_mask)
         video, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
         # single blocks project outside of the attention
         if attn.to_out is not None:
@@ -121,6 +115,8 @@ def _geometry(model: Any, given: Mapping[str, Any]) -> Geometry:
     stop = start + given["encoder_hidden_states"].shape[1]
     # as diffusers has it: the valid tokens are taken to come first, wherever the mask has them
     valid = start + mask.sum(dim=1, dtype=torch.int)
+    # one mask for several videos of a prompt
+    valid = valid.expand(latent.shape[0])
     return Geometry(
         (frames, rows, columns),
         text=slice(start, stop),

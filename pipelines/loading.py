@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def load(
         raise InputError(f"model: {_one_line(error)}") from error
     if where is not None:
         pipe.to(where)
-    pipe.set_attn_processor = types.MethodType(plug.set_attn_processor, pipe)
+    # no bound method: that could not be pickled with the pipeline
+    pipe.set_attn_processor = partial(plug.set_attn_processor, pipe)
     if inside is not None:
         embedded.warn_of_unknown_words(pipe, inside.name)
         for transformer in families.models_of(pipe).values():

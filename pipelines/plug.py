@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,12 +11,18 @@ from dit_accel.method import Method, Schedule
 from dit_accel.pipelines import embedded
 from dit_accel.pipelines.families import Family, family_of, models_of
 from dit_accel.pipelines.hook import RootHook
-from dit_accel.pipelines.session import ATTRIBUTE, Binding, Session
+from dit_accel.pipelines.session import (
+    ATTRIBUTE,
+    CONTEXT_PARALLEL,
+    HOOK,
+    Binding,
+    Link,
+    Session,
+)
 
 T = TypeVar("T")
 EMBEDDED = "_dit_accel_embedded"
 """Name under which the transformer of an embedded model keeps that model's name."""
-_HOOK = "_dit_accel_hook"
 
 
 def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
@@ -27,7 +32,7 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
 
     Args:
         target: a diffusers pipeline, or one of its transformers.
-        method: the name of a preset, or a `Method`.
+        method: the name of a preset, or a `Method`, such as ``Method.from_config("fast.yaml")``.
         options: of the preset, such as ``density=0.15``; ``dense_steps`` and ``dense_layers`` may
             be given beside a `Method` too. What is not given is the preset's default, or what an
             embedded model suggests (`dit_accel.pipelines.embedded.Embedded.method_options`).
@@ -84,11 +89,12 @@ def restore(target: T) -> T:
                 attn.set_processor(original)
         for attn in family.self_attention(model):
             delattr(attn, ATTRIBUTE)
-        getattr(model, _HOOK).remove()
-        delattr(model, _HOOK)
+        getattr(model, HOOK).remove()
+        delattr(model, HOOK)
         delattr(model, ATTRIBUTE)
         del session.hosts[name]
         session.leave()
+    vars(target).pop(ATTRIBUTE, None)
     return target
 
 
@@ -174,7 +180,9 @@ def prepare(target: Any) -> Session:
     known = [getattr(model, ATTRIBUTE, None) for model in models.values()]
     session = next((one for one in known if one is not None), None)
     if session is None:
-        session = Session(target if next(iter(models.values())) is not target else None)
+        session = Session()
+    if all(model is not target for model in models.values()):
+        setattr(target, ATTRIBUTE, Link(target, session))
     for name, model in models.items():
         if getattr(model, ATTRIBUTE, None) is None:
             _attach(session, name, model)
@@ -220,6 +228,9 @@ def _made_for(models: dict[str, Any], method: str | Method, options: dict[str, A
     for name, model in models.items():
         family = _family(model)
         reason = family.refuses(model)
+        parallel = getattr(model, "_parallel_config", None)
+        if getattr(parallel, "context_parallel_config", None) is not None:
+            reason = CONTEXT_PARALLEL
         if reason is not None:
             raise InputError(f"{made.name}: {reason}")
         made.check_layers(len(family.self_attention(model)), name)
@@ -236,11 +247,10 @@ def _attach(session: Session, name: str, model: Any) -> None:
     family = _family(model)
     modules = family.self_attention(model)
     for layer, attn in enumerate(modules):
-        setattr(attn, ATTRIBUTE, Binding(session, name, layer, len(modules)))
-    session.hosts[name] = weakref.ref(model)
+        setattr(attn, ATTRIBUTE, Binding(session, name, layer, len(modules), attn))
     session.originals[name] = {}
     setattr(model, ATTRIBUTE, session)
-    setattr(model, _HOOK, RootHook(name, model, family, session))
+    setattr(model, HOOK, RootHook(name, model, session))
 
 
 def _note_originals(model: Any) -> None:

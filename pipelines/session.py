@@ -8,17 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.pipelines.clock import Clock, Moment
+from dit_accel.pipelines.compiled import attend as compiled_attend
+from dit_accel.pipelines.compiled import number_of, scalar
 from dit_accel.state import State
 from dit_accel.types import Context, Geometry, Report
 
 ATTRIBUTE = "_dit_accel"
-"""Name under which a transformer keeps its session, and an attention module its `Binding`."""
+"""Name under which a transformer keeps its session, an attention module its `Binding`, and a
+pipeline its `Link`."""
+
+HOOK = "_dit_accel_hook"
+"""Name under which a transformer keeps its `RootHook`."""
+CONTEXT_PARALLEL = (
+    "expected the whole sequence on one device, got context parallelism, which is not supported yet"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +105,36 @@ class Session:
     Attributes:
         state: memory of the methods; empty before and after every call.
         log: densities of the latest call, kept until the next one begins.
+        hosts: the transformers, by their names in the pipeline.
+        originals: the processors that stood there before ours, by transformer and module.
+        ticks: int64 scalar, raised by every forward of a compiled transformer.
+
+    A copy, or what comes out of a pickle, remembers the originals and nothing else; the copies of
+    the transformers and of the pipeline make themselves known to it.
     """
 
-    def __init__(self, pipe: Any | None) -> None:
+    def __init__(self) -> None:
         # the pipeline owns the transformers, which own the session
-        self._pipe = (lambda: None) if pipe is None else weakref.ref(pipe)
+        self._pipe: Callable[[], Any] = lambda: None
+        self._scheduler: Callable[[], Any] = lambda: None
         self._clock = Clock()
         self._now: tuple[str, Geometry | None, Moment] | None = None
         self.state = State()
         self.log = DensityLog()
         self.hosts: dict[str, weakref.ref[nn.Module]] = {}
         self.originals: dict[str, dict[str, Any]] = {}
+        self.ticks = scalar(0)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return self
+    def __getstate__(self) -> dict[str, Any]:
+        return {"originals": self.originals}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Session.__init__(self)
+        self.originals = state["originals"]
+
+    def adopt(self, pipe: Any) -> None:
+        """The scheduler of this pipeline is to tell the steps from now on."""
+        self._pipe = weakref.ref(pipe)
 
     @property
     def models(self) -> Iterator[tuple[str, nn.Module]]:
@@ -120,13 +146,13 @@ class Session:
 
     def enter(self, model: str, geometry: Geometry | None, *, told: Any, timestep: Any) -> None:
         """A forward of a transformer begins; without a geometry no method can run in it."""
-        pipe = self._pipe()
-        moment = self._clock.tick(
-            told=told,
-            scheduler=getattr(pipe, "scheduler", None),
-            num_timesteps=getattr(pipe, "num_timesteps", None) if told is not None else None,
-            timestep=timestep,
-        )
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        if scheduler is None:
+            # a pipeline made of the parts of another outlives it
+            scheduler = self._scheduler()
+        else:
+            self._scheduler = weakref.ref(scheduler)
+        moment = self._clock.tick(told=told, scheduler=scheduler, timestep=timestep)
         if moment.first:
             self.state.clear()
             self.log.clear()
@@ -177,17 +203,48 @@ class Session:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class Link:
+    """On a pipeline, for its copies: they find their session by it."""
+
+    def __init__(self, pipe: Any, session: Session) -> None:
+        self._pipe, self._session = weakref.ref(pipe), session
+        session.adopt(pipe)
+
+    def __getstate__(self) -> tuple[Any, Session]:
+        return self._pipe(), self._session
+
+    def __setstate__(self, state: tuple[Any, Session]) -> None:
+        Link.__init__(self, *state)
+
+
 class Binding:
-    """What an attention module is within its session."""
+    """What an attention module is within its session.
 
-    session: Session
-    model: str
-    layer: int
-    num_layers: int
+    Attributes:
+        session: whose.
+        model: name of the transformer in the pipeline.
+        layer, num_layers: which of its layers this is, and how many there are.
+        number: int64 scalar under which a compiled graph finds this.
+    """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
-        return self
+    def __init__(
+        self, session: Session, model: str, layer: int, num_layers: int, module: nn.Module
+    ) -> None:
+        self.session, self.model = session, model
+        self.layer, self.num_layers = layer, num_layers
+        self._module = weakref.ref(module)
+        self.number = number_of(self)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.session, self.model, self.layer, self.num_layers, self._module()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        Binding.__init__(self, *state)
+
+    @property
+    def module(self) -> Any:
+        """The attention module itself."""
+        return self._module()
 
     def context(self) -> Context:
         """Where the call happens; see `Session.context`."""
@@ -221,6 +278,7 @@ class MethodProcessor:
     """
 
     _parallel_config: Any
+    _attention_backend: Any
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -230,6 +288,67 @@ class MethodProcessor:
             )
         self.method = method
 
+    def steps_aside(self, attn: Any, hidden_states: Tensor) -> bool:
+        """Whether diffusers' own code is to compute this call, which is then noted as dense.
+
+        Never so while a graph is traced, which has to serve sparse steps as well.
+
+        Raises:
+            InputError: as `begin`.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        binding, ctx = self.begin(attn)
+        if not self.method.is_dense(ctx):
+            return False
+        self.note_dense(binding, ctx, hidden_states, attn.heads)
+        return True
+
+    def attend(
+        self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention of a call that does not step aside.
+
+        Args:
+            attn: the module.
+            q, k, v: ``[B, H, L, D]``.
+            mask: for a step that turns out to be dense; a method has it from the geometry.
+
+        Returns:
+            ``[B, L, H * D]`` in ``q``'s dtype.
+
+        Raises:
+            InputError: as `begin`, and as the method.
+        """
+        if not torch.compiler.is_compiling():
+            return self.run(attn, q, k, v, mask)
+        if self._parallel_config is not None:
+            raise self._sharded()
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise InputError(
+                "attention: expected no gradients to be asked for, got a graph of them"
+            )
+        binding = binding_of(attn)
+        return compiled_attend(binding.session.ticks, binding.number, q, k, v, mask)
+
+    def run(self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`attend`, outside of any graph: here it is decided what this step is."""
+        binding, ctx = self.begin(attn)
+        if not self.method.is_dense(ctx):
+            out, report = self.method(q, k, v, ctx)
+            binding.record(ctx, report)
+            return out.transpose(1, 2).flatten(2)
+        # a compiled model alone comes here
+        self.note_dense(binding, ctx, q, q.shape[1])
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        dense: Tensor = dispatch_attention_fn(
+            query, key, value, attn_mask=mask, backend=self._attention_backend
+        )
+        return dense.flatten(2).type_as(q)
+
+    def _sharded(self) -> InputError:
+        return InputError(f"{self.method.name}: {CONTEXT_PARALLEL}")
+
     def begin(self, attn: nn.Module) -> tuple[Binding, Context]:
         """What a self-attention module is, and where its call happens.
 
@@ -237,10 +356,7 @@ class MethodProcessor:
             InputError: the transformer is not prepared, or the sequence is sharded.
         """
         if self._parallel_config is not None:
-            raise InputError(
-                f"{self.method.name}: expected the whole sequence on one device, got context "
-                "parallelism, which is not supported yet"
-            )
+            raise self._sharded()
         binding = binding_of(attn)
         return binding, binding.context()
 

@@ -53,14 +53,10 @@ class WanProcessor(MethodProcessor, WanAttnProcessor):
                 f"{self.method.name}: expected no mask in Wan's self-attention, got one of shape "
                 f"{list(attention_mask.shape)}"
             )
-        binding, ctx = self.begin(attn)
-        if self.method.is_dense(ctx):
-            self.note_dense(binding, ctx, hidden_states, attn.heads)
+        if self.steps_aside(attn, hidden_states):
             return super().__call__(attn, hidden_states, rotary_emb=rotary_emb)
-        query, key, value = self._project(attn, hidden_states, rotary_emb)
-        out, report = self.method(query, key, value, ctx)
-        binding.record(ctx, report)
-        out = out.transpose(1, 2).flatten(2).type_as(hidden_states)
+        out = self.attend(attn, *self._project(attn, hidden_states, rotary_emb))
+        out = out.type_as(hidden_states)
         return attn.to_out[1](attn.to_out[0](out))
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.backends import resolve
+from dit_accel.kernels.backends import BACKENDS, implementation, resolve, triton_refusal
 from dit_accel.kernels.block_summary.api import check_blocks, check_valid
 
 POOLED = (2, 4, 8)
@@ -57,6 +57,9 @@ def block_attention(
     key_valid: Tensor | None = None,
     scale: float | None = None,
     rest: RestTerms | None = None,
+    levels: tuple[int, ...] | None = None,
+    q_longest: int | None = None,
+    k_longest: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan over blocks, exact pairs and rest under one softmax normaliser.
@@ -72,6 +75,8 @@ def block_attention(
         key_valid: bool ``[B, L]``; ``False`` keys are never read.
         scale: of the logits; ``D ** -0.5`` by default.
         rest: what stands in for code -1.
+        levels: which of 2, 4 and 8 ``code`` may hold; ``None`` looks, and waits for the device.
+        q_longest, k_longest: tokens of the longest block, where the caller knows; never less.
         backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
@@ -81,9 +86,6 @@ def block_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or gradients are asked for.
     """
-    from dit_accel.kernels.block_attention import batched, reference
-
-    chosen = resolve(backend, q)
     if q.ndim != 4 or q.shape != k.shape or k.shape != v.shape:
         raise ValueError(
             f"q, k, v: expected one shape [B, H, L, D], got {list(q.shape)}, {list(k.shape)}, "
@@ -104,18 +106,22 @@ def block_attention(
             f"code: expected int8 [{q.shape[0]}|1, {q.shape[1]}|1, {blocks[0]}, {blocks[1]}], got "
             f"{code.dtype} {list(code.shape)}"
         )
-    if bool(((code < -1) | (code > 1)).any()):
+    if levels is None:
         found = set(torch.unique(code).tolist())
         if not found <= {-1, 0, 1, *POOLED}:
             raise ValueError(
                 f"code: expected -1, 0, 1 or a level among {', '.join(map(str, POOLED))}, got "
                 f"{sorted(found)}"
             )
+        levels = tuple(level for level in POOLED if level in found)
     if rest is not None and rest.weight != "plain" and rest.k_var is None:
         raise ValueError(f"rest: expected k_var for weight {rest.weight!r}, got None")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("q, k, v: expected no gradient to be asked for: run under torch.no_grad()")
-    run = batched.block_attention if chosen == "batched" else reference.block_attention
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = resolve(backend, q, BACKENDS, _refusal(q, scale, rest, levels))
+    run = implementation("block_attention", chosen).block_attention
+    known = {"q_longest": q_longest, "k_longest": k_longest} if chosen == "triton" else {}
     return run(
         q,
         k,
@@ -126,6 +132,20 @@ def block_attention(
         k_perm=k_perm,
         k_offsets=k_offsets,
         key_valid=key_valid,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         rest=rest,
+        **known,
     )
+
+
+def _refusal(
+    q: Tensor, scale: float, rest: RestTerms | None, levels: tuple[int, ...]
+) -> str | None:
+    """Why the kernel cannot take a call."""
+    if rest is not None and rest.cov_sum is not None and rest.cov_scope == "rest":
+        return "it has no cov_scope 'rest', which needs a covariance for every row"
+    if levels:
+        return "it has no pooled levels"
+    if scale <= 0:
+        return f"it takes a positive scale, not {scale}"
+    return triton_refusal(q)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.backends import resolve
+from dit_accel.kernels.backends import BACKENDS, implementation, resolve, triton_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,10 @@ def block_mean(
     Returns:
         ``[B, H, N, D]``, fp32 (fp64 for fp64 inputs); zero where a block is empty.
     """
-    from dit_accel.kernels.block_summary import batched, reference
-
     check_blocks("x", perm, offsets, x)
     check_valid(valid, x)
-    batch_them = resolve(backend, x) == "batched"
-    run = batched.block_mean if batch_them else reference.block_mean
-    return run(x, perm, offsets, valid)
+    chosen = resolve(backend, x, BACKENDS, triton_refusal(x))
+    return implementation("block_summary", chosen).block_mean(x, perm, offsets, valid)
 
 
 def block_summary(
@@ -115,12 +112,11 @@ def block_summary(
         ``cov_sum`` ``[B, H, D, D]`` (keys by values); ``cov_norm`` ``[B, H, N]``. Floats are fp32
         (fp64 for fp64 inputs). Everything is zero where a block has no valid key.
     """
-    from dit_accel.kernels.block_summary import batched, reference
-
     if k.shape != v.shape:
         raise ValueError(f"k, v: expected one shape, got {list(k.shape)} and {list(v.shape)}")
     check_blocks("k", perm, offsets, k)
     check_valid(key_valid, k)
-    batch_them = resolve(backend, k) == "batched"
-    run = batched.block_summary if batch_them else reference.block_summary
+    run = implementation(
+        "block_summary", resolve(backend, k, BACKENDS, triton_refusal(k))
+    ).block_summary
     return run(k, v, perm, offsets, num_video, key_valid, k_var, cov)

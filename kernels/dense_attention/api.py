@@ -88,12 +88,16 @@ def partial_attention(
     if 0 in (q.shape[2], k.shape[2]):
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=work)
-    for name, other in (("xformers", xformers_ops), ("flash", flash)):
+    choices = {
+        "xformers": (xformers_ops.refuses, xformers_ops.partial_attention),
+        "flash": (flash.refuses, flash.partial_attention),
+    }
+    for name, (refuses, run) in choices.items():
         if backend not in ("auto", name):
             continue
-        reason = other.refuses(q, k, v, key_valid)
+        reason = refuses(q, k, v, key_valid)
         if reason is None:
-            return other.partial_attention(q, k, v, scale)
+            return run(q, k, v, scale)
         if backend == name:
             raise ValueError(f"backend: {name!r} cannot run here: {reason}")
     return chunked.partial_attention(q, k, v, key_valid, scale)

@@ -57,10 +57,13 @@ def why_not(
     if q is None or k is None or v is None or torch.compiler.is_compiling():
         return None
     kind, can_use = _TORCH[backend]
-    with sdpa_kernel([kind]), warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        if can_use(SDPAParams(q, k, v, None, 0.0, False, False), True):
+    given = SDPAParams(q, k, v, None, 0.0, False, False)
+    with sdpa_kernel([kind]):
+        if can_use(given, False):
             return None
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            can_use(given, True)
     reasons = [" ".join(str(one.message).partition("(Triggered")[0].split()) for one in told]
     return "; ".join(filter(None, reasons)) or "torch cannot run it on these tensors"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.backends import implementation, resolve, triton_refusal
 from dit_accel.kernels.block_summary.api import check_blocks, check_valid
 
 
@@ -18,6 +19,7 @@ def error_probe(
     num_blocks: int,
     scale: float,
     key_valid: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """``e_ij = Σ_{m∈K_j} |exp(s q_i·k_m) - w_ij|``, by the row's largest term.
 
@@ -32,6 +34,7 @@ def error_probe(
         num_blocks: of them, from the first.
         scale: of the logits.
         key_valid: bool ``[B, L]``; keys that count, all by default.
+        backend: ``"auto"``, ``"reference"`` or ``"triton"``; a named one never falls back.
 
     Returns:
         ``[B, H, Nq, num_blocks]`` in ``queries``' dtype. Every row is divided by its own largest
@@ -40,8 +43,6 @@ def error_probe(
     Raises:
         ValueError: what was given does not fit.
     """
-    from dit_accel.kernels.error_probe import reference
-
     if queries.ndim != 4 or queries.shape[:2] != k.shape[:2] or queries.shape[3] != k.shape[3]:
         raise ValueError(
             f"queries: expected [{k.shape[0]}, {k.shape[1]}, Nq, {k.shape[3]}], got "
@@ -52,7 +53,11 @@ def error_probe(
         raise ValueError(f"log_weight: expected {list(expected)}, got {list(log_weight.shape)}")
     check_blocks("k", perm, offsets, k)
     check_valid(key_valid, k)
+    refusal = triton_refusal(k)
+    if queries.dtype == torch.float64:
+        refusal = "it takes queries of fp32, not fp64"
+    chosen = resolve(backend, k, ("auto", "reference", "triton"), refusal)
+    run = implementation("error_probe", chosen).error_probe
     with torch.no_grad():
-        return reference.error_probe(
-            queries, k, log_weight, perm, offsets, num_blocks, scale, key_valid
-        )
+        error: Tensor = run(queries, k, log_weight, perm, offsets, num_blocks, scale, key_valid)
+    return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.kmeans.start import starting_centroids
 from dit_accel.kernels.ragged import working_dtype
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -30,9 +31,7 @@ def kmeans(
         weight = valid[:, None].expand(batch, heads, length).reshape(-1, length)
     rows = rows.reshape(-1, length, depth)
     if start is None:
-        chosen = _drawn(length, clusters, valid, seed, x.device)
-        chosen = chosen.expand(batch, clusters).repeat_interleave(heads, 0)
-        centres = rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, depth))
+        centres = starting_centroids(x, clusters, valid, seed).view(-1, clusters, depth)
     else:
         centres = start.to(work).reshape(-1, clusters, depth)
     labels = _nearest(rows, centres)
@@ -44,15 +43,6 @@ def kmeans(
             break
         labels = new
     return labels.view(batch, heads, length), centres.view(batch, heads, clusters, depth)
-
-
-def _drawn(
-    length: int, clusters: int, valid: Tensor | None, seed: int, device: torch.device
-) -> Tensor:
-    """int64 ``[1 | B, C]``: tokens to start from, valid ones before others."""
-    draw = torch.rand(length, generator=torch.Generator().manual_seed(seed)).to(device)
-    keys = draw.unsqueeze(0) if valid is None else draw + valid
-    return keys.topk(clusters, dim=-1).indices
 
 
 def _nearest(rows: Tensor, centres: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.backends import implementation, resolve, triton_refusal
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.block_summary.api import check_blocks, check_valid
 
@@ -20,6 +21,7 @@ def token_attention(
     key_valid: Tensor | None = None,
     scale: float | None = None,
     rest: RestTerms | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan over pairs of a query token and a key block.
 
@@ -33,6 +35,8 @@ def token_attention(
         scale: of the logits; ``D ** -0.5`` by default.
         rest: what stands in for the blocks not selected; ``cov_scope="rest"`` is refused, since
             every token would need a covariance of its own.
+        backend: ``"auto"``, ``"reference"``, or ``"triton"``, which takes no ``rest``; a named one
+            never falls back.
 
     Returns:
         ``out`` ``[B, H, L, D]`` in ``q``'s dtype; ``lse`` ``[B, H, L]``, natural log, in fp32 (fp64
@@ -41,8 +45,6 @@ def token_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or gradients are asked for.
     """
-    from dit_accel.kernels.token_attention import reference
-
     if q.ndim != 4 or q.shape != k.shape or k.shape != v.shape:
         raise ValueError(
             f"q, k, v: expected one shape [B, H, L, D], got {list(q.shape)}, {list(k.shape)}, "
@@ -67,14 +69,14 @@ def token_attention(
         raise ValueError("rest: expected cov_scope 'global' for token attention, got 'rest'")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("q, k, v: expected no gradient to be asked for: run under torch.no_grad()")
-    return reference.token_attention(
-        q,
-        k,
-        v,
-        select,
-        k_perm,
-        k_offsets,
-        key_valid,
-        depth**-0.5 if scale is None else scale,
-        rest,
-    )
+    refusal = triton_refusal(q)
+    if rest is not None:
+        refusal = "it computes exact pairs alone, and no rest"
+    elif not q.dtype == k.dtype == v.dtype:
+        refusal = f"it takes one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
+    chosen = resolve(backend, q, ("auto", "reference", "triton"), refusal)
+    run = implementation("token_attention", chosen).token_attention
+    scale = depth**-0.5 if scale is None else scale
+    with torch.no_grad():
+        out, lse = run(q, k, v, select, k_perm, k_offsets, key_valid, scale, rest)
+    return out, lse

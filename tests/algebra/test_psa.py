@@ -239,7 +239,7 @@ def test_chunks_of_the_importance_do_not_matter(monkeypatch):
     q, k, v = inputs(10)
     method = presets.psa(block_q=20, block_k=9)
     whole = dit_accel.attention(q, k, v, method, grid=GRID)
-    monkeypatch.setattr("dit_accel.pyramid._CHUNK_BYTES", 1)
+    monkeypatch.setattr("dit_accel.kernels.block_importance.reference.WORKSPACE_BYTES", 1)
     torch.testing.assert_close(
         dit_accel.attention(q, k, v, method, grid=GRID), whole, rtol=0, atol=1e-12
     )

@@ -69,7 +69,7 @@ def test_what_is_right_passes_the_check(rest, dtype):
         ({"tokens": 0}, "tokens: expected a positive integer, got 0"),
         ({"threads": -1}, "threads: expected a positive integer"),
         ({"dtype": "int8"}, "dtype: expected one of float32"),
-        ({"method": "piza"}, "expected one of dense, .*pisa"),
+        ({"method": "piza"}, "expected one of custom, dense, .*pisa"),
         ({"density": 3.0}, "pisa: density: expected"),
         ({"options": {"rest": "x"}}, "pisa: rest: expected"),
     ],

@@ -228,7 +228,10 @@ def test_guards_name_what_is_wrong():
         ({"keys": Blocks(keys.perm[..., :5], keys.offsets)}, "k_perm: expected int64 of 41"),
         ({"keys": Blocks(keys.perm[:, :2], keys.offsets)}, r"k_perm: expected \[2\|1, 3\|1"),
         ({"valid": valid[:, :4]}, "key_valid: expected bool"),
-        ({"backend": "triton"}, "backend: expected one of auto, reference, batched, got 'triton'"),
+        (
+            {"backend": "cuda"},
+            "backend: expected one of auto, reference, batched, triton, got 'cuda'",
+        ),
         ({"q": q.clone().requires_grad_()}, "torch.no_grad"),
         (
             {"rest": RestTerms(k, v, valid, weight="second")},

@@ -1,4 +1,6 @@
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +87,19 @@ def go():
         return pipe(prompt=prompt, generator=generators, **call).frames
 
     return run
+
+
+@pytest.fixture(scope="session")
+def zoo():
+    """Small random pipelines of several families, as a module."""
+    path = Path(__file__).with_name("zoo.py")
+    spec = importlib.util.spec_from_file_location("dit_accel_zoo", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["Wan", "HunyuanVideo", "FLUX.1"])
+def family(request, zoo):
+    """Each family in turn: ``family.pipe()``, ``family.go(pipe)``."""
+    return zoo.FAMILIES[request.param]

@@ -135,6 +135,18 @@ def test_dense_through_ours_is_stock_to_the_bit(kind):
     assert session_of(model).log.by_layer == dict.fromkeys(range(4), 1.0)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+def test_a_named_backend_computes_dense_attention_over_padded_text(model, backend):
+    """Also one that takes no mask: it is given the valid keys alone."""
+    call = given(lengths=(7, 3))
+    wanted = run(model, call)
+    dit_accel.accelerate(model, "dense", backend=backend)
+    torch.testing.assert_close(run(model, call), wanted, rtol=1e-4, atol=1e-5)
+    assert session_of(model).log.density == 1.0
+    call["encoder_attention_mask"][:] = 1
+    assert (run(model, call) - wanted).abs().max() > 1e-3, "the padding mattered"
+
+
 @pytest.mark.parametrize(
     ("latent", "text", "changes"),
     [

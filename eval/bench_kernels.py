@@ -1,0 +1,217 @@
+"""Single operations on a GPU: milliseconds, TFLOP/s, GB/s and memory.
+
+    python -m dit_accel.eval.bench_kernels --ops error_probe,kmeans --shapes wan14b --out run.json
+
+Every operation is checked first, in the dtype that is timed, and one that is wrong is not timed.
+TFLOP/s and GB/s count what the operation cannot do without (`kernel_cases.Case`), and stand beside
+those of a matrix product and of a copy in the same run. Times are medians over calls with a cold
+L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from dit_accel.eval.kernel_cases import CASES, SHAPES, Case, Shape, inputs
+from dit_accel.eval.kernel_checks import CHECKS
+from dit_accel.eval.peak_memory import cuda_peak
+from dit_accel.eval.records import dumps, signed
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def milliseconds(call: Callable[[], Any], device: str, budget_ms: float) -> float:
+    """Median time of a call, over about so many milliseconds of calls."""
+    if device == "cpu":
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
+        return median(times)
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=budget_ms / 4, rep=budget_ms, return_mode="median"))
+
+
+def waits(call: Callable[[], Any]) -> str | None:
+    """Where a call makes the host wait for the device, in one line; ``None`` if nowhere."""
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "dit_accel" in frame.filename] or frames
+        return f"{Path(ours[-1].filename).parent.name}/{Path(ours[-1].filename).name}:" + str(
+            ours[-1].lineno
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return None
+
+
+def ceilings(budget_ms: float) -> dict[str, float]:
+    """A matrix product's TFLOP/s in bf16, and a copy's GB/s, read and write together."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda").to(torch.bfloat16)
+    product = milliseconds(lambda: a @ b, "cuda", budget_ms)
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = milliseconds(lambda: target.copy_(source), "cuda", budget_ms)
+    return {"matmul_tflops": 2 * 8192**3 / product / 1e9, "copy_gbs": 2 * 2**30 / copy / 1e6}
+
+
+def measure(case: Case, device: str, budget_ms: float) -> dict[str, Any]:
+    """One row."""
+    case.call()  # compiled, and its buffers known to the allocator
+    stops = None if device == "cpu" else waits(case.call)
+    took = milliseconds(case.call, device, budget_ms)
+    return {
+        "case": case.name,
+        "ms": took,
+        "tflops": case.flops / took / 1e9,
+        "gbs": case.bytes / took / 1e6,
+        "peak_mib": None if device == "cpu" else cuda_peak(case.call) / 2**20,
+        "waits": stops,
+        "note": case.note,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as text, columns aligned."""
+    head = ("operation", "shape", "case", "ms", "TFLOP/s", "GB/s", "MiB", "host waits", "note")
+    lines = [head]
+    for row in rows:
+        if "error" in row:
+            lines.append((row["op"], row["shape"], row.get("case", ""), *[""] * 5, row["error"]))
+            continue
+        memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        lines.append(
+            (
+                row["op"],
+                row["shape"],
+                row["case"],
+                f"{row['ms']:.3f}",
+                f"{row['tflops']:.0f}",
+                f"{row['gbs']:.0f}",
+                memory,
+                row["waits"] or "no",
+                row["note"],
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join(
+            cell.rjust(width) if 3 <= i <= 6 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join(text)
+
+
+def run(
+    operations: Sequence[str],
+    shapes: Sequence[str],
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cuda",
+    budget_ms: float = 200.0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Check and time; what fails is a row that says so.
+
+    Args:
+        operations: names of `CASES`.
+        shapes: names of `SHAPES`.
+        dtype: one of `DTYPES`.
+        device: ``"cuda"``, or ``"cpu"`` for what runs there.
+        budget_ms: of calls, for each row.
+        say: told every row when it is there.
+    """
+    found: dict[str, Any] = {"dtype": dtype, "device": device, "rows": []}
+    if device == "cuda":
+        found["device"] = torch.cuda.get_device_name()
+        found["ceilings"] = ceilings(budget_ms)
+        say(", ".join(f"{name} {value:.0f}" for name, value in found["ceilings"].items()))
+    wrong: dict[tuple[str, int], str] = {}
+    for op in operations:
+        for depth in {SHAPES[name].head_dim for name in shapes}:
+            if op not in CHECKS:
+                continue
+            try:
+                CHECKS[op](DTYPES[dtype], depth, device)
+                say(f"{op}, D={depth}: correct")
+            except Exception as error:  # whatever it is, the other operations go on
+                wrong[op, depth] = f"not timed: {type(error).__name__}: {error}"
+                say(f"{op}, D={depth}: {wrong[op, depth]}\n{traceback.format_exc()}")
+    for name in shapes:
+        shape: Shape = SHAPES[name]
+        parts = inputs(shape, DTYPES[dtype], device)
+        for op in operations:
+            where = {"op": op, "shape": name}
+            if (op, shape.head_dim) in wrong:
+                found["rows"].append(where | {"error": wrong[op, shape.head_dim]})
+                continue
+            try:
+                for case in CASES[op](shape, parts):
+                    row = where | {"case": case.name}
+                    try:
+                        row |= measure(case, device, budget_ms)
+                    except Exception as error:
+                        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                    found["rows"].append(row)
+                    say(table([row]).splitlines()[1])
+            except Exception as error:
+                found["rows"].append(where | {"error": f"{type(error).__name__}: {error}"})
+                say(traceback.format_exc())
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return found
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ops", default=",".join(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument("--shapes", default="wan14b", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--budget-ms", type=float, default=200.0, help="of calls, for each row")
+    parser.add_argument("--out", type=Path, help="write the rows there, as JSON")
+    given = parser.parse_args(words)
+    for name, known, some in (("ops", CASES, given.ops), ("shapes", SHAPES, given.shapes)):
+        for word in some.split(","):
+            if word not in known:
+                parser.error(f"--{name}: expected some of {', '.join(known)}, got {word!r}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected one that is here, got 'cuda' without CUDA")
+    with torch.inference_mode():
+        found = run(
+            given.ops.split(","),
+            given.shapes.split(","),
+            dtype=given.dtype,
+            device=given.device,
+            budget_ms=given.budget_ms,
+            say=lambda text: print(text, flush=True),
+        )
+    print(table(found["rows"]))
+    if given.out is not None:
+        command = ["python", "-m", "dit_accel.eval.bench_kernels", *(words or sys.argv[1:])]
+        given.out.write_text(dumps(signed({"command": command, **found})))
+    return 1 if any("error" in row for row in found["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,425 @@
+"""Token attention in Triton: key blocks fetch the queries that chose them.
+
+By key block, every pair that is computed was selected, whatever the selection looks like; by query
+tile, a tile computes the union of what its tokens selected, which in the worst case is everything.
+The price is a partial for every choice, written and read once: ``4 D`` bytes beside ``4 D n``
+operations for a block of ``n`` keys. On a card of 4 TB/s and 500 TFLOP/s that is as dear as the
+attention itself at 125 keys a block and a sixth of it at 750. So blocks that are small are taken
+by the group, two, four or eight at once. The tokens of a group are sorted by which of its blocks
+they chose, in the order of a Gray code; then nearly all tiles hold tokens of one choice, a tile
+goes through the blocks of that, and leaves one partial for the whole group. Where two choices meet
+in a tile, it goes through the blocks of both, and each token counts its own.
+
+Some heads and groups at a time, so that what is kept in between is bounded whatever is selected.
+The host reads nothing: lists have room for every token, and tiles that find none end at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dit_accel.kernels.gather import gather_rows
+from dit_accel.kernels.order import lead_strides
+from dit_accel.kernels.packed import compact
+from dit_accel.kernels.specimen import Specimen, typed
+
+LOG2E = tl.constexpr(1.4426950408889634)
+KEPT_BYTES = 2**30
+"""What partials and lists may take."""
+_TILE = 128
+"""Tokens that are sorted by one program."""
+_COLUMNS = 32
+"""Blocks whose selection is read by one program."""
+
+
+def group_size(length: int, blocks: int) -> int:
+    """How many blocks are taken at once: 1 for blocks of 512 tokens or more, at most 8."""
+    return next((n for n in (1, 2, 4) if n * length >= 512 * blocks), 8)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "first_pair", "first_group"])
+def _choices(
+    select_ptr,
+    choice_ptr,
+    select_b,
+    select_h,
+    select_l,
+    heads,
+    length,
+    groups,
+    blocks,
+    first_pair,
+    first_group,
+    G: tl.constexpr,
+    BT: tl.constexpr,
+    BG: tl.constexpr,
+):
+    """For every group and token a byte: which of the group's blocks the token chose."""
+    pair = tl.program_id(2).to(tl.int64)
+    b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    first = tl.program_id(1) * BG
+    column = (first_group + first) * G + tl.arange(0, BG * G)
+    mask = (token < length)[:, None] & (column < blocks)[None, :]
+    select_ptr += b * select_b + h * select_h
+    chosen = tl.load(
+        select_ptr + token.to(tl.int64)[:, None] * select_l + column[None, :], mask=mask, other=0
+    )
+    bits = tl.reshape((chosen != 0).to(tl.int32), [BT, BG, G])
+    byte = tl.sum(bits << tl.arange(0, G)[None, None, :], 2)
+    group = first + tl.arange(0, BG)
+    where = (pair * groups + group)[None, :] * length + token[:, None]
+    inside = (token < length)[:, None] & (group < groups)[None, :]
+    tl.store(choice_ptr + where, byte.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _ranked(choice_ptr, unit, first, length, BT: tl.constexpr):
+    """Of a tile of tokens: where each choice stands in the Gray code, its rank, and its number."""
+    token = first + tl.arange(0, BT)
+    choice = tl.load(choice_ptr + unit * length + token, mask=token < length, other=0).to(tl.int32)
+    code = choice ^ (choice >> 1)
+    code = code ^ (code >> 2)
+    code = code ^ (code >> 4)
+    alike = (code[:, None] == code[None, :]).to(tl.int32)
+    earlier = tl.arange(0, BT)[None, :] < tl.arange(0, BT)[:, None]
+    rank = tl.sum(tl.where(earlier, alike, 0), 1)
+    return token, code, rank, tl.sum(alike, 1)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _count(choice_ptr, count_ptr, length, BINS: tl.constexpr, BT: tl.constexpr):
+    unit, tile, tiles = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    _, code, rank, number = _ranked(choice_ptr, unit, tile * BT, length, BT)
+    last = (code > 0) & (rank == number - 1)
+    tl.store(count_ptr + (unit * BINS + code) * tiles + tile, number, mask=last)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _place(choice_ptr, count_ptr, end_ptr, list_ptr, place_ptr, length, BINS: tl.constexpr,
+           BT: tl.constexpr):  # fmt: skip
+    unit, tile, tiles = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    token, code, rank, _ = _ranked(choice_ptr, unit, tile * BT, length, BT)
+    some = code > 0
+    where = (unit * BINS + code) * tiles + tile
+    end = tl.load(end_ptr + where, mask=some, other=0)
+    place = end - tl.load(count_ptr + where, mask=some, other=0) + rank
+    tl.store(list_ptr + unit * length + place, token, mask=some)
+    tl.store(place_ptr + unit * length + token, tl.where(some, place, -1), mask=token < length)
+
+
+@triton.jit
+def _step(query, acc, peak, total, chosen, keys, values, base, first, stop, scale,
+          BN: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    """The online softmax over ``BN`` keys; tokens that did not choose them stay as they are."""
+    key = keys.load([base + first, 0])
+    value = values.load([base + first, 0])
+    logit = tl.dot(query, key.T, input_precision="ieee")
+    if RAGGED:
+        place = first + tl.arange(0, BN)
+        logit = tl.where((place < stop)[None, :], logit, float("-inf"))
+    new = tl.where(chosen, tl.maximum(peak, tl.max(logit, 1) * scale), peak)
+    fade = tl.where(new == float("-inf"), 1.0, tl.exp2(peak - new))
+    # the exponential of minus infinity is 0, so no weight has to be masked
+    weight = tl.exp2(logit * scale - tl.where(chosen, new, float("inf"))[:, None])
+    total = total * fade + tl.sum(weight, 1)
+    acc = acc * fade[:, None]
+    acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
+    return acc, new, total
+
+
+@triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "first_pair", "first_group"])
+def _attend(
+    q_ptr,
+    keys,
+    values,
+    bound_ptr,
+    choice_ptr,
+    list_ptr,
+    end_ptr,
+    out_ptr,
+    lse_ptr,
+    q_b,
+    q_h,
+    q_l,
+    bound_b,
+    bound_h,
+    scale,
+    ends,
+    heads,
+    length,
+    groups,
+    blocks,
+    first_pair,
+    first_group,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    unit = tl.program_id(1).to(tl.int64)
+    count = tl.load(end_ptr + unit * ends + ends - 1)
+    if tl.program_id(0) * BM >= count:
+        return
+    pair, group = unit // groups, unit % groups
+    b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
+    place = tl.program_id(0) * BM + tl.arange(0, BM)
+    there = place < count
+    token = tl.load(list_ptr + unit * length + place, mask=there, other=0)
+    choice = tl.load(choice_ptr + unit * length + token, mask=there, other=0).to(tl.int32)
+    depth = tl.arange(0, D)
+    q_ptr += b * q_b + h * q_h
+    query = tl.load(
+        q_ptr + token.to(tl.int64)[:, None] * q_l + depth[None, :], mask=there[:, None], other=0.0
+    )
+    base = (pair * length).to(tl.int32)
+    bound_ptr += b * bound_b + h * bound_h
+    scale = scale * LOG2E
+    acc = tl.zeros([BM, D], tl.float32)
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    block = ((first_group + group) * G).to(tl.int32)
+    for i in range(0, G):
+        chosen = ((choice >> i) & 1) != 0
+        start, stop = 0, 0
+        if tl.max(chosen.to(tl.int32), 0) > 0:
+            start = tl.load(bound_ptr + block + i).to(tl.int32)
+            stop = tl.load(bound_ptr + block + i + 1).to(tl.int32)
+        whole = start + (stop - start) // BN * BN
+        for first in range(start, whole, BN):
+            acc, peak, total = _step(
+                query, acc, peak, total, chosen, keys, values, base, first, stop, scale, BN, False,
+            )  # fmt: skip
+        if whole < stop:
+            acc, peak, total = _step(
+                query, acc, peak, total, chosen, keys, values, base, whole, stop, scale, BN, True,
+            )  # fmt: skip
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    where = unit * length + place
+    tl.store(
+        out_ptr + where[:, None] * D + depth[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=there[:, None],
+    )
+    tl.store(lse_ptr + where, peak + tl.log2(total), mask=there)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "groups", "first_pair"])
+def _merge(
+    part_ptr,
+    part_lse_ptr,
+    place_ptr,
+    acc_ptr,
+    peak_ptr,
+    total_ptr,
+    out_ptr,
+    lse_ptr,
+    heads,
+    length,
+    groups,
+    first_pair,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    pair = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = token < length
+    depth = tl.arange(0, D)
+    kept = pair * length + token
+    if FIRST:
+        acc = tl.zeros([BT, D], tl.float32)
+        peak = tl.full([BT], float("-inf"), tl.float32)
+        total = tl.zeros([BT], tl.float32)
+    else:
+        acc = tl.load(acc_ptr + kept[:, None] * D + depth[None, :], mask=inside[:, None], other=0.0)
+        peak = tl.load(peak_ptr + kept, mask=inside, other=0.0)
+        total = tl.load(total_ptr + kept, mask=inside, other=0.0)
+    for group in range(0, groups):
+        unit = pair * groups + group
+        place = tl.load(place_ptr + unit * length + token, mask=inside, other=-1)
+        has = place >= 0
+        where = unit * length + place
+        lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
+        part = tl.load(part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0)
+        new = tl.maximum(peak, lse)
+        base = tl.where(new == float("-inf"), 0.0, new)
+        fade, weight = tl.exp2(peak - base), tl.exp2(lse - base)
+        acc = acc * fade[:, None] + part.to(tl.float32) * weight[:, None]
+        total = total * fade + weight
+        peak = new
+    if LAST:
+        where = (first_pair + pair) * length + token
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(
+            out_ptr + where[:, None] * D + depth[None, :],
+            result.to(out_ptr.dtype.element_ty),
+            mask=inside[:, None],
+        )
+        tl.store(lse_ptr + where, (peak + tl.log2(total)) / LOG2E, mask=inside)
+    else:
+        tl.store(acc_ptr + kept[:, None] * D + depth[None, :], acc, mask=inside[:, None])
+        tl.store(peak_ptr + kept, peak, mask=inside)
+        tl.store(total_ptr + kept, total, mask=inside)
+
+
+def token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    select: Tensor,
+    k_perm: Tensor,
+    k_offsets: Tensor,
+    key_valid: Tensor | None,
+    scale: float,
+    rest: None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length, depth = q.shape
+    blocks = select.shape[3]
+    device = q.device
+    out = torch.empty(batch, heads, length, depth, dtype=q.dtype, device=device)
+    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    select = select if select.stride(3) == 1 else select.contiguous()
+    tokens, bounds = compact(k_perm, k_offsets, key_valid)
+
+    size = group_size(length, blocks)
+    bins, tiles = 2**size, triton.cdiv(length, _TILE)
+    every = triton.cdiv(blocks, size)
+    units = max(1, KEPT_BYTES // (length * (depth * q.itemsize + 13) + 8 * bins * tiles))
+    groups = min(every, units)
+    pairs = min(batch * heads, max(1, units // every))
+
+    def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    keys, values = (room(pairs, length, depth, dtype=x.dtype) for x in (k, v))
+    half = q.dtype != torch.float32
+    block_m, block_n = (128, 64) if half else (64, 32)
+    described = [
+        TensorDescriptor.from_tensor(x.view(-1, depth), [block_n, depth]) for x in (keys, values)
+    ]
+    part = room(pairs * groups, length, depth, dtype=q.dtype)
+    part_lse = room(pairs * groups, length, dtype=torch.float32)
+    choice = room(pairs * groups, length, dtype=torch.uint8)
+    listed, place = room(pairs * groups, length), room(pairs * groups, length)
+    state = out, lse, lse  # stands in where there is no state
+    if groups < every:
+        state = (
+            room(pairs, length, depth, dtype=torch.float32),
+            room(pairs, length, dtype=torch.float32),
+            room(pairs, length, dtype=torch.float32),
+        )
+
+    for first_pair in range(0, batch * heads, pairs):
+        some = min(pairs, batch * heads - first_pair)
+        for x, buffer in ((k, keys), (v, values)):
+            gather_rows(x, tokens, buffer, first_pair, some)
+        for first_group in range(0, every, groups):
+            these = min(groups, every - first_group)
+            where = (heads, length, these, blocks, first_pair, first_group)
+            at_once = _COLUMNS // size
+            _choices[(tiles, triton.cdiv(these, at_once), some)](
+                select,
+                choice,
+                *lead_strides(select),
+                select.stride(2),
+                *where,
+                G=size,
+                BT=_TILE,
+                BG=at_once,
+                num_warps=4,
+            )
+            count = torch.zeros(some * these, bins * tiles, dtype=torch.int32, device=device)
+            _count[(tiles, some * these)](choice, count, length, BINS=bins, BT=_TILE, num_warps=4)
+            end = count.cumsum(-1, dtype=torch.int32)
+            _place[(tiles, some * these)](
+                choice, count, end, listed, place, length, BINS=bins, BT=_TILE, num_warps=4
+            )
+            _attend[(triton.cdiv(length, block_m), some * these)](
+                q,
+                *described,
+                bounds,
+                choice,
+                listed,
+                end,
+                part,
+                part_lse,
+                *q.stride()[:3],
+                *lead_strides(bounds),
+                scale,
+                bins * tiles,
+                *where,
+                D=depth,
+                G=size,
+                BM=block_m,
+                BN=block_n,
+                num_warps=8 if half else 4,
+                num_stages=2,
+                maxnreg=128 if half else None,
+            )
+            _merge[(triton.cdiv(length, 32), some)](
+                part,
+                part_lse,
+                place,
+                *state,
+                out,
+                lse,
+                heads,
+                length,
+                these,
+                first_pair,
+                D=depth,
+                BT=32,
+                FIRST=first_group == 0,
+                LAST=first_group + these == every,
+                num_warps=4,
+                num_stages=3,
+            )
+    return out, lse
+
+
+def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
+    data, word, real = f"*{dtype}", "*i32", "*fp32"
+    types = {
+        **dict.fromkeys(("q_ptr", "out_ptr", "part_ptr"), data),
+        **dict.fromkeys(("keys", "values"), f"tensordesc<{dtype}[64, {depth}]>"),
+        **dict.fromkeys(("bound_ptr", "count_ptr", "end_ptr", "list_ptr", "place_ptr"), word),
+        **dict.fromkeys(("lse_ptr", "part_lse_ptr", "acc_ptr", "peak_ptr", "total_ptr"), real),
+        "select_ptr": "*i1",
+        "choice_ptr": "*u8",
+        "scale": "fp32",
+    }
+    bins = {"BINS": 2**size, "BT": _TILE}
+    launches: list[tuple[Any, dict[str, Any], int]] = [
+        (_choices, {"G": size, "BT": _TILE, "BG": _COLUMNS // size}, 4),
+        (_count, bins, 4),
+        (_place, bins, 4),
+        (_attend, {"D": depth, "G": size, "BM": 128, "BN": 64}, 8),
+        (_merge, {"D": depth, "BT": 32, "FIRST": True, "LAST": True}, 4),
+        (_merge, {"D": depth, "BT": 32, "FIRST": False, "LAST": False}, 4),
+    ]
+    attend = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
+    return [
+        Specimen(
+            f"{kernel.__name__} {dtype} D={depth} G={size}",
+            kernel,
+            typed(kernel, constants, **types),
+            constants,
+            attend if kernel is _attend else {"num_warps": warps, "num_stages": 3},
+            aligned=("q_b", "q_h", "q_l"),
+        )
+        for kernel, constants, warps in launches
+    ]
+
+
+SPECIMENS = [*_specimens(64, "fp16", 8), *_specimens(128, "bf16", 1)]

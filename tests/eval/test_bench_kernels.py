@@ -1,0 +1,57 @@
+import json
+
+import pytest
+import torch
+
+from dit_accel.eval import bench_kernels, kernel_checks
+from dit_accel.eval.kernel_cases import SHAPES, inputs
+
+
+def test_rows_are_written(tmp_path, capsys):
+    out = tmp_path / "run.json"
+    words = ["--ops", "error_probe,block_importance,gate", "--shapes", "small", "--device", "cpu"]
+    assert bench_kernels.main([*words, "--dtype", "float32", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["command"][2:5] == ["dit_accel.eval.bench_kernels", "--ops", words[1]]
+    assert {row["op"] for row in found["rows"]} == set(words[1].split(","))
+    assert all(row["ms"] > 0 and row["tflops"] > 0 for row in found["rows"])
+    assert "block_importance, D=64: correct" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch):
+    def wrong(*arguments, **options):
+        return real(*arguments, **options) * 1.01
+
+    real = kernel_checks.block_importance
+    # both sides go through this name: only the one that is asked for by name stays right
+    monkeypatch.setattr(
+        kernel_checks,
+        "block_importance",
+        lambda *a, **o: real(*a, **o) if "backend" in o else wrong(*a, **o),
+    )
+    said = []
+    found = bench_kernels.run(
+        ["block_importance"], ["small"], dtype="float32", device="cpu", say=said.append
+    )
+    assert [row["error"][:44] for row in found["rows"]] == [
+        "not timed: IncorrectError: block_importance:"
+    ]
+    assert "not timed" in bench_kernels.table(found["rows"])
+
+
+def test_inputs_differ_by_head_and_can_be_repeated():
+    shape = SHAPES["small"]
+    first, again = (inputs(shape, torch.float32, "cpu", seed=1) for _ in range(2))
+    assert first[0].shape == (1, shape.heads, shape.tokens, shape.head_dim)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0][:, 0], first[0][:, 1])
+
+
+def test_unknown_names_are_told(capsys):
+    for words, message in (
+        (["--ops", "sort"], "--ops: expected some of dense, error_probe"),
+        (["--shapes", "wan"], "--shapes: expected some of wan14b"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_kernels.main(words)
+        assert message in capsys.readouterr().err

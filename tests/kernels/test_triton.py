@@ -1,0 +1,195 @@
+"""Block kernels in Triton's interpreter, on ragged blocks, masks and poisoned memory, to fp64."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_accel.kernels.block_attention import block_attention
+from dit_accel.kernels.block_summary import block_mean, block_summary
+from dit_accel.kernels.packed import START_BIT, compact, tiles
+from dit_accel.kernels.topk import topk_mask
+
+pytest.importorskip("triton")
+_PATH = Path(__file__).parent / "test_block_attention.py"
+_SPEC = importlib.util.spec_from_file_location("dit_accel_blocks", _PATH)
+shared = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(shared)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that nobody wrote shows."""
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        made = empty(*size, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else -77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def both(run, like, *tensors):
+    """What `run` gives in fp64, and in the inputs' precision by plain torch and by the kernel."""
+    exact = run("reference", *(x.double() for x in tensors))
+    return exact, run("reference", *tensors), run("triton", *tensors)
+
+
+def no_worse(got, low, exact, dtype):
+    """At most twice the error of plain torch, which accumulates in fp32 as the kernel does, and
+    the rounding of weights and tables to the inputs' dtype."""
+    got, low = got.double(), low.double()
+    assert bool((got.isfinite() == exact.isfinite()).all())
+    finite = exact.isfinite()
+    bound = 2 * (low - exact)[finite].abs().max() + 2 * torch.finfo(dtype).eps * (
+        exact[finite].abs().max()
+    )
+    assert (got - exact)[finite].abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "taylor"),
+    [
+        (None, None),
+        ("taylor", None),
+        ("taylor", "global"),
+        ("second", "global"),
+        ("gaussian", None),
+    ],
+)
+def test_attention(kind, taylor, masked, dtype):
+    q, k, v, queries, keys, code, valid = shared.problem(
+        batch=1, heads=2, length=75, depth=16, dtype=dtype
+    )
+    valid = valid if masked else None
+
+    def run(backend, q, k, v):
+        rest = None if kind is None else shared.terms(k, v, keys, valid, kind, taylor, "reference")
+        return shared.run(q, k, v, queries, keys, code, valid, rest, backend=backend)
+
+    exact, low, got = both(run, q, q, k, v)
+    no_worse(got[0], low[0], exact[0], dtype)
+    no_worse(got[1], low[1], exact[1], dtype)
+
+
+@pytest.mark.parametrize("choice", [-1, 0, 1])
+def test_plans_of_one_kind(choice):
+    q, k, v, queries, keys, code, _ = shared.problem(
+        batch=1, heads=1, length=40, depth=16, dtype=torch.float32
+    )
+    code = torch.full_like(code, choice)
+    rest = shared.terms(k, v, keys, None, "taylor", "global", "reference")
+    options = {"rest": rest} if choice == -1 else {}
+    got = shared.run(q, k, v, queries, keys, code, backend="triton", **options)
+    wanted = shared.run(q, k, v, queries, keys, code, backend="reference", **options)
+    for mine, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_no_valid_key_at_all():
+    q, k, v, queries, keys, code, valid = shared.problem(
+        batch=2, heads=1, length=33, depth=16, dtype=torch.float32
+    )
+    valid[1] = False
+    out, lse = shared.run(q, k, v, queries, keys, code, valid, backend="triton")
+    assert bool((out[1] == 0).all())
+    assert bool((lse[1] == -torch.inf).all())
+
+
+def test_rows_of_any_stride():
+    q, k, v, queries, keys, code, valid = shared.problem(
+        batch=2, heads=2, length=33, depth=16, dtype=torch.float32
+    )
+    plain = shared.run(q, k, v, queries, keys, code, valid, backend="triton")
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    other = shared.run(*strided, queries, keys, code, valid, backend="triton")
+    torch.testing.assert_close(other, plain, rtol=0, atol=0)
+
+
+def test_what_the_kernel_cannot_do_is_refused():
+    q, k, v, queries, keys, code, _ = shared.problem(depth=16, dtype=torch.float32)
+    rest = shared.terms(k, v, keys, None, "taylor", "rest", "reference")
+    with pytest.raises(ValueError, match="cov_scope 'rest'"):
+        shared.run(q, k, v, queries, keys, code, rest=rest, backend="triton")
+    with pytest.raises(ValueError, match="positive scale"):
+        shared.run(q, k, v, queries, keys, code, scale=-1.0, backend="triton")
+    with pytest.raises(ValueError, match="bf16 products wrongly"):
+        shared.run(*(x.bfloat16() for x in (q, k, v)), queries, keys, code, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics(masked, dtype):
+    _, k, v, _, keys, _, valid = shared.problem(batch=2, heads=2, length=150, depth=16, dtype=dtype)
+    valid = valid if masked else None
+
+    def run(backend, k, v):
+        return block_summary(
+            k,
+            v,
+            perm=keys.perm,
+            offsets=keys.offsets,
+            num_video=7,
+            key_valid=valid,
+            k_var=True,
+            cov=True,
+            backend=backend,
+        )
+
+    exact, low, got = both(run, k, k, v)
+    assert torch.equal(got.count.expand_as(exact.count), exact.count)
+    for name in ("k_mean", "v_mean", "k_var", "cov_sum", "cov_norm"):
+        no_worse(getattr(got, name), getattr(low, name), getattr(exact, name), dtype)
+    mean = block_mean(k, perm=keys.perm, offsets=keys.offsets, valid=valid, backend="triton")
+    no_worse(mean, low.k_mean, exact.k_mean, dtype)
+
+
+def test_topk_takes_so_many_and_the_first_of_equals():
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(-3, 4, (2, 3, 5, 37), generator=generator).float() * 0.5
+    score[0, 1, :, 5:] = -torch.inf
+    score[0, 2] = -torch.inf
+    score[1, 0, 0, ::2] = -0.0
+    wanted = torch.tensor([[4, 9, 3], [37, 1, 0]])
+    got = topk_mask(score, wanted, backend="triton")
+    assert torch.equal(got, topk_mask(score, wanted, backend="reference"))
+    assert got[1, 0].all()
+    assert got[0, 1].sum(-1).tolist() == [5] * 5  # no more than there are
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_cover_every_valid_token_once(size, masked):
+    _, _, _, _, keys, _, valid = shared.problem(batch=2, heads=2, length=41)
+    order = compact(keys.perm, keys.offsets, valid if masked else None)
+    found = tiles(order.offsets, 41, size)
+    for b in range(2):
+        for h in range(2):
+            spans = [span for span in found.span[b, h].tolist() if span]
+            tokens = [
+                order.perm[b, h, (span >> START_BIT) + i].item()
+                for span in spans
+                for i in range(span & 255)
+            ]
+            wanted = [m for m in range(41) if not masked or valid[b, m]]
+            assert sorted(tokens) == wanted
+            assert all((span & 255) <= size for span in spans)
+
+
+def test_named_never_falls_back():
+    q, k, v, queries, keys, code, _ = shared.problem()
+    with pytest.raises(ValueError, match=r"got 'triton': it takes fp16, bf16 and fp32"):
+        block_attention(
+            q,
+            k,
+            v,
+            code,
+            q_perm=queries.perm,
+            q_offsets=queries.offsets,
+            k_perm=keys.perm,
+            k_offsets=keys.offsets,
+            backend="triton",
+        )
