@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.eval.prompts import scene_of
 from dit_accel.eval.samples import Settings
+from dit_accel.pipelines.tiny_wan import scenes
 
 _VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".avi", ".mkv")
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -28,10 +31,6 @@ def procedural(settings: Settings, seed: int = 0) -> list[Tensor]:
     Returns:
         Clips ``[T, 3, H, W]`` in [0, 1], `PER_PROMPT` for each prompt that is a caption of a scene.
     """
-    import random
-
-    from dit_accel.pipelines.tiny_wan import scenes
-
     found = []
     for prompt in settings.prompts:
         scene = scene_of(prompt.text)
@@ -68,9 +67,10 @@ def from_folder(folder: Path, settings: Settings) -> Iterator[Tensor]:
 
 def _frames(path: Path, most: int) -> Iterator[Any]:
     if path.suffix.lower() in _IMAGES:
-        yield np.asarray(imageio.imread(path, pilmode="RGB"))
+        yield np.asarray(Image.open(path).convert("RGB"))
         return
-    with imageio.get_reader(path) as reader:
+    reader: Any = imageio.get_reader(path)
+    with reader:
         for i, frame in enumerate(reader):
             if i == most:
                 return

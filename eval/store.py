@@ -23,9 +23,8 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +40,7 @@ from dit_accel.eval.samples import SCHEMA, Failure, Key, Run, Sample, Settings
 from dit_accel.pipelines import media
 
 T = TypeVar("T")
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
 class Store:
@@ -201,11 +201,6 @@ class Store:
         return self.root / "samples" / ".parts"
 
 
-@cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)
-
-
 def parse(kind: type[T], path: Path) -> T:
     """One of the format's files.
 
@@ -217,7 +212,9 @@ def parse(kind: type[T], path: Path) -> T:
     except OSError as error:
         raise InputError(f"run: expected {str(path)!r}, got {error.strerror}") from None
     try:
-        made = _adapter(kind).validate_json(text)
+        # made once: it costs more than reading a file
+        adapter = _ADAPTERS.setdefault(kind, _ADAPTERS.get(kind) or TypeAdapter(kind))
+        made: T = adapter.validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -277,6 +274,6 @@ def _told(name: str, theirs: Any, ours: Any) -> str:
     return f"{name} {theirs} -> {ours}"
 
 
-def stack_steps(steps: list[Tensor]) -> Tensor | None:
+def stack_steps(steps: Sequence[Tensor]) -> Tensor | None:
     """Latents of every step as one tensor ``[S, …]``; ``None`` where none were kept."""
-    return torch.stack(steps) if steps else None
+    return torch.stack(tuple(steps)) if steps else None

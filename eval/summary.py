@@ -260,8 +260,8 @@ def _distance(
 
     for name, measure in zip(names, (fid, kid), strict=True):
         found = bootstrap.jackknife(list(groups.values()), measure)
-        value = found or (measure(range(len(rows))), None, None)
-        figures[name] = Figure(*value, len(rows))
+        value, low, high = found or (measure(range(len(rows))), None, None)
+        figures[name] = Figure(value, low, high, len(rows))
 
 
 # -- figures ---------------------------------------------------------------------------------------

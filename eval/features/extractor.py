@@ -69,7 +69,7 @@ def _ours(path: Path, name: str) -> Extractor:
 
     @torch.inference_mode()
     def features(frames: Tensor) -> Tensor:
-        return net(network.prepared(frames.float())).clone()
+        return net.standard(net(network.prepared(frames.float()))).clone()
 
     return Extractor(name, "clip", features)
 

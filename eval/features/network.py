@@ -46,6 +46,10 @@ class ClipNet(nn.Module):
         )
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
         self.out = nn.Linear(2 * widths[-1], FEATURES)
+        self.centre: Tensor
+        self.spread: Tensor
+        self.register_buffer("centre", torch.zeros(FEATURES))
+        self.register_buffer("spread", torch.ones(FEATURES))
         self.heads = nn.ModuleDict(
             {name: nn.Linear(FEATURES, len(answers)) for name, answers in HEADS.items()}
         )
@@ -57,6 +61,10 @@ class ClipNet(nn.Module):
             x = F.silu(norm(conv(x)))
         # a shape is small: its mean over the clip says little
         return self.out(torch.cat([x.mean((2, 3, 4)), x.amax((2, 3, 4))], 1))
+
+    def standard(self, features: Tensor) -> Tensor:
+        """Features with mean 0 and deviation 1 on procedural clips: KID depends on their scale."""
+        return (features - self.centre) / self.spread
 
     def answers(self, features: Tensor) -> dict[str, Tensor]:
         """Logits by question, ``[N, answers]`` each."""

@@ -1,8 +1,9 @@
-"""The recipe of the features for the embedded domain. A few minutes on a CPU.
+"""The recipe of the features for the embedded domain. Some minutes on a CPU.
 
 ::
 
-    python -m dit_accel.eval.features.train weights.safetensors
+    python -m dit_accel.eval.features.train first.safetensors
+    python -m dit_accel.eval.features.train weights.safetensors --after first.safetensors
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.eval.features.network import HEADS, SIZE, ClipNet, picked, save
+from dit_accel.eval.features.network import HEADS, SIZE, ClipNet, load, picked, save
 from dit_accel.pipelines.tiny_wan import model, scenes
 
 Log = Callable[[dict[str, Any]], None]
@@ -64,11 +65,24 @@ def batch_of(seed: int, first: int, count: int) -> tuple[Tensor, dict[str, Tenso
 
 
 def train(
-    steps: int = 900, batch: int = 32, lr: float = 3e-3, seed: int = 0, log: Log | None = None
+    steps: int = 900,
+    batch: int = 32,
+    lr: float = 3e-3,
+    seed: int = 0,
+    after: Path | None = None,
+    log: Log | None = None,
 ) -> ClipNet:
-    """Train from nothing; AdamW, the rate rising for 30 steps and then falling to zero."""
+    """AdamW, the rate rising for 30 steps and then falling to zero.
+
+    Args:
+        steps, batch, lr: of the run.
+        seed: of the first weights and of the clips.
+        after: weights to go on from, with clips of the next seed; from nothing by default.
+        log: called every 50 steps.
+    """
     torch.manual_seed(seed)
-    network = ClipNet()
+    network = (ClipNet() if after is None else load(after)).train()
+    seed = seed if after is None else seed + 1
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.02)
     for step in range(steps):
         rate = lr * min(1.0, (step + 1) / 30) * (1 - step / steps)
@@ -86,7 +100,15 @@ def train(
 
 
 @torch.inference_mode()
-def accuracy(network: ClipNet, seed: int = 1, clips: int = 512) -> dict[str, float]:
+def calibrate(network: ClipNet, seed: int = 2000, clips: int = 1024) -> None:
+    """Learn the mean and the deviation of every feature on clips of another seed."""
+    rows = torch.cat([network(batch_of(seed, i, 64)[0]) for i in range(0, clips, 64)])
+    network.centre.copy_(rows.mean(0))
+    network.spread.copy_(rows.std(0).clamp(min=1e-3))
+
+
+@torch.inference_mode()
+def accuracy(network: ClipNet, seed: int = 1000, clips: int = 512) -> dict[str, float]:
     """Share of right answers on clips of another seed."""
     right = dict.fromkeys(HEADS, 0)
     for first in range(0, clips, 64):
@@ -103,8 +125,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--after", type=Path)
     given = parser.parse_args()
-    network = train(given.steps, log=lambda record: print(record, flush=True))
+    network = train(given.steps, after=given.after, log=lambda record: print(record, flush=True))
+    calibrate(network)
     save(network, given.out)
     print({"bytes": given.out.stat().st_size, "accuracy": accuracy(network)})
 

@@ -17,6 +17,7 @@ from torchmetrics.functional.image import (
 
 from dit_accel.errors import InputError
 
+_WINDOW = 11
 _ALEXNET = "alexnet-owt-7be5be79.pth"
 
 
@@ -46,11 +47,23 @@ def ssim(frames: Tensor, dense: Tensor) -> float:
 
 
 def ssim_by_frame(frames: Tensor, dense: Tensor) -> list[float]:
-    """Structural similarity of every frame (Wang et al. 2004: Gaussian window, sigma 1.5)."""
+    """Structural similarity of every frame (Wang et al. 2004: Gaussian windows, sigma 1.5).
+
+    Over the windows that lie within the frame, as there; torchmetrics by itself also counts those
+    that reach beyond its border.
+    """
     _check(frames, dense)
-    value = structural_similarity_index_measure(frames, dense, data_range=1.0, reduction="none")
-    assert isinstance(value, Tensor)
-    return [float(one) for one in value.reshape(-1)]
+    if min(frames.shape[-2:]) < _WINDOW:
+        raise InputError(
+            f"frames: expected at least {_WINDOW}x{_WINDOW} pixels, got {list(frames.shape[-2:])}"
+        )
+    found = structural_similarity_index_measure(
+        frames, dense, data_range=1.0, reduction="none", return_full_image=True
+    )
+    assert isinstance(found, tuple)
+    edge = _WINDOW // 2
+    inside = found[1][..., edge:-edge, edge:-edge]
+    return [float(one) for one in inside.flatten(1).mean(1)]
 
 
 def latent_error(latents: Tensor, dense: Tensor) -> float:

@@ -106,10 +106,7 @@ def by_package(
                     mode="custom_input",
                 )
                 text = (results / f"{dimension}_eval_results.json").read_text(encoding="utf-8")
-                _, each = json.loads(text)[dimension]
-                found[dimension] = {
-                    names[Path(row["video_path"]).stem]: float(row["video_results"]) for row in each
-                }
+                found[dimension] = _scores(names, *json.loads(text)[dimension])
             except Exception as error:
                 found[dimension] = f"vbench failed: {type(error).__name__}: {error}"
     return found
