@@ -80,9 +80,7 @@ def test_numbers_are_their_definitions(steps):
         got = logits[..., :half].softmax(-1) @ v[:, :, :half]
         e = got - true
         errors[call.ctx.step, call.ctx.branch] = e
-        one = next(
-            c for c in found.calls if (c.step, c.branch) == (call.ctx.step, call.ctx.branch)
-        )
+        one = next(c for c in found.calls if (c.step, c.branch) == (call.ctx.step, call.ctx.branch))
         near = {"rel": 1e-4}
         assert one.density == 0.5
         assert one.mass == pytest.approx(float(share[..., :half].sum(-1).mean()), **near)
