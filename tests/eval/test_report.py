@@ -107,7 +107,7 @@ def data_of(html):
 def test_it_holds_everything_but_the_clips(page):
     path, html = page
     assert not re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', html)
-    assert "http" not in re.sub(r"https?://arxiv", "", html)
+    assert "://" not in html
     players = data_of(html)["players"]
     assert [len(prompt["clips"]) for prompt in players["prompts"]] == [5, 4]
     assert players["left_out"] == 1

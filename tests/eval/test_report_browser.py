@@ -25,7 +25,8 @@ def browser(tmp_path_factory):
     for argument in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--autoplay-policy=no-user-gesture-required", "--window-size=1280,900",
+        "--autoplay-policy=no-user-gesture-required", "--force-prefers-reduced-motion",
+        "--window-size=1280,900",
         f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
     ):  # fmt: skip
         options.add_argument(argument)
