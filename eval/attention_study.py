@@ -380,8 +380,10 @@ def _steps_of(
 
 def _append(path: File, record: Mapping[str, Any]) -> None:
     line = json.dumps(json.loads(records.dumps(record)), ensure_ascii=False)
+    # a line that was cut short stays by itself
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write("\n" * torn + line + "\n")
 
 
 def _lines(path: File) -> Iterator[dict[str, Any]]:
