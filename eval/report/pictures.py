@@ -106,7 +106,8 @@ def top_of(maps: list[Maps]) -> float:
 
 
 def _scaled(error: Tensor, largest: float) -> Tensor:
-    return 1 + (error.clamp(min=1e-12) / largest).log10() / DECADES
+    # NaN stays; what lies below the scale is its lowest colour
+    return (1 + (error.clamp(min=1e-12) / largest).log10() / DECADES).clamp(min=0)
 
 
 def _thinned(kind: Tensor) -> Tensor:

@@ -1,16 +1,22 @@
 """The page of a run, without a browser."""
 
+import base64
+import io
 import json
 import math
 import re
 
 import pytest
+from PIL import Image
 
-from dit_accel import InputError, presets
+from dit_accel import InputError, Method, presets
 from dit_accel.eval import attention_maps, fields, report
 from dit_accel.eval.figures import MEASURES, Figure, Summary, VariantSummary
-from dit_accel.eval.report import answers, plots, text
+from dit_accel.eval.report import answers, pictures, plots, text
 from dit_accel.eval.summary import Choices, summarise
+from dit_accel.layout import Raster
+from dit_accel.rest import Drop
+from dit_accel.route import Everything
 
 
 def variant(slug, psnr, speedup, density=0.2, role="method"):
@@ -136,6 +142,19 @@ def test_it_maps_attention(page):
     assert one["blocks"] == [6, 6]
     assert sum(share["share"] for share in one["shares"]) == pytest.approx(1)
     assert {share["kind"] for share in one["shares"]} == {"exact", "approximated"}
+
+
+def test_no_error_is_drawn_as_none():
+    """Only the gap before the rows' strip is transparent; no error is the palest colour."""
+    calls = next(fields.synthetic((2, 4, 6), heads=1, depth=12, steps=1))
+    method = Method(Raster(8), Everything(), Drop())
+    (made,) = attention_maps.maps("everything", method, [calls], {0})
+    address = pictures.errors_picture(made, 0, 1.0)
+    image = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGBA")
+    assert image.size[1] == 6
+    assert image.getpixel((0, 0)) == (*pictures.ramp_colour(0), 255)
+    assert image.getpixel((6, 0))[3] == 0
+    assert image.getpixel((image.size[0] - 1, 0))[3] == 255
 
 
 def test_texts_of_others_are_no_markup(fake, tmp_path):
