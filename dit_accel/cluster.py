@@ -7,7 +7,6 @@ Queries and keys are clustered by themselves, by batch element and head (arXiv 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from dit_accel.errors import InputError
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.order import label_order
-from dit_accel.layout import TEXT_BLOCK, Blocked, cut, default_scale
+from dit_accel.layout import TEXT_BLOCK, Blocked, default_scale
 from dit_accel.types import Blocks, Context, Geometry
 
 TOKENS, QUERY_CLUSTERS, KEY_CLUSTERS = 75_600, 300, 1000
@@ -111,7 +110,9 @@ def _blocks(labels: Tensor, clusters: int, where: Geometry) -> Blocks:
     cells, bounds = label_order(labels, clusters)
     tokens = torch.where(cells < start, cells, cells + (stop - start))
     text = torch.arange(start, stop, device=device).expand(batch, heads, -1)
-    ends = torch.tensor(list(accumulate(cut(stop - start, TEXT_BLOCK))), dtype=torch.int32)
-    ends = (ends + labels.shape[-1]).to(device, non_blocking=True).expand(batch, heads, -1)
+    # made where it is used: a copy from the host would wait for the device
+    number = torch.arange(1, -(-(stop - start) // TEXT_BLOCK) + 1, device=device)
+    ends = (number * TEXT_BLOCK).clamp(max=stop - start) + labels.shape[-1]
+    ends = ends.to(torch.int32).expand(batch, heads, -1)
     offsets = torch.cat([bounds, ends], -1)
     return Blocks(torch.cat([tokens, text], -1), offsets, clusters)

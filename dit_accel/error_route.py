@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_accel.density import Budget, budget, share_at
 from dit_accel.kernels.error_probe import error_probe
+from dit_accel.kernels.rank_levels import rank_levels
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.types import EXACT, REST, Context, Plan
 
@@ -86,9 +87,8 @@ def choose_within(error: Tensor, count: Tensor, density: float) -> Tensor:
     """
     keys = count.unsqueeze(-2)
     ratio = torch.where(keys > 0, error / keys.clamp(min=1), -torch.inf)
-    order = ratio.argsort(dim=-1, descending=True, stable=True)
-    taken = keys.expand(error.shape).gather(-1, order)
     budget = (count.sum(-1).double() * density).floor()[..., None, None]
-    take = (taken.cumsum(-1) <= budget) & (taken > 0)
-    take[..., 0] = taken[..., 0] > 0
-    return torch.zeros_like(take).scatter_(-1, order, take)
+    chosen = rank_levels(ratio, keys, budget, inclusive=True) > 0
+    # one at least: the best, the first of equals
+    best = torch.zeros_like(chosen).scatter_(-1, ratio.argmax(-1, keepdim=True), True)
+    return chosen | (best & (keys > 0))

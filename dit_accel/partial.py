@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import InputError
+from dit_accel.kernels.merge import merge as merge_two
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,13 +85,5 @@ def merge(*partials: Partial) -> Partial:
     work = reduce(
         torch.promote_types, (part.lse.dtype for part in partials), accumulate_dtype(dtype)
     )
-    lses = torch.stack([part.lse.to(work) for part in partials])
-    peak = lses.amax(dim=0)
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    weights = (lses - peak).exp_()
-    total = weights.sum(dim=0)
-    out = torch.zeros(partials[0].out.shape, dtype=work, device=peak.device)
-    for weight, part in zip(weights, partials, strict=True):
-        out.addcmul_(weight.unsqueeze(-1), part.out.to(work))
-    out.div_(total.masked_fill(total == 0, 1.0).unsqueeze(-1))
-    return Partial(out.to(dtype), total.log().add_(peak))
+    parts = ((part.out.to(dtype), part.lse.to(work)) for part in partials)
+    return Partial(*reduce(lambda one, other: merge_two(*one, *other), parts))

@@ -1,4 +1,4 @@
-"""Methods by name. A method is a few functions and one row in here.
+"""Methods by name. A method is one function and one row in here; see docs/new_method.md.
 
 >>> from dit_accel import presets
 >>> presets.pisa(density=0.2).name
@@ -141,7 +141,10 @@ def custom(
     deviations=(
         "The blocks follow a generalised Hilbert curve by default; layout='raster' keeps the "
         "model's order.",
-        "Text tokens of a joint sequence are always exact, and never part of a video block.",
+        "Query blocks are twice as long as key blocks, 128 and 64, since 64 queries at a time "
+        "cannot keep a GPU busy; block_q=64 is the paper's.",
+        "Text tokens of a joint sequence are always exact, and never part of a video block; the "
+        "public code for FLUX cuts text and image alike.",
         "The first-order term sums over all video key blocks, as the paper's kernel does; "
         "taylor='rest' sums over the blocks left to the rest.",
     ),
@@ -149,6 +152,10 @@ def custom(
 def pisa(
     density: Density = 0.15,
     block_size: BlockSize = 64,
+    block_q: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Opt("queries in a block; none is twice as many as keys"),
+    ] = None,
     layout: LayoutOption = "gilbert",
     bias: Annotated[bool, Opt("add the norm of a block's covariance to its score")] = True,
     rest: RestOption = "taylor",
@@ -163,10 +170,11 @@ def pisa(
 
     ``density`` is for ``route="topk"`` and ``"error"``, ``p`` for ``route="topp"``; a route, layout
     or rest that is given as an object brings its own settings. ``block_size`` is ignored by
-    ``layout="cyclic"``.
+    ``layout="cyclic"``, ``block_q`` by layouts that have one block size for both.
     """
+    queries = 2 * block_size if block_q is None else block_q
     return Method(
-        make("layout", layout, block_size=block_size),
+        make("layout", layout, block_size=block_size, query_block_size=queries),
         make("route", route, density=density, p=p, bias=bias),
         make("rest", rest, taylor=taylor, weight=weight),
         Schedule(dense_steps, dense_layers),
@@ -234,6 +242,7 @@ def svg_ear(
     deviations=(
         "The paper trains with it; without training it keeps the first denoising steps dense, 12 "
         "of 50: dense_steps=0.24.",
+        "Gates are normalised over a head with scope=token too; the public code does so by token.",
         "rest='centroid' and others stand in for what the paper drops.",
         "Text tokens of a joint sequence select everything, and are selected by all.",
     ),
@@ -275,7 +284,12 @@ def vmoba(
         "2512.04025",
     ),
     deviations=(
-        "sample=random draws one token of every four; the paper draws from the whole block.",
+        "The tokens looked at are evenly strided, so that runs repeat; sample=random draws one of "
+        "every four, where the public code draws from the whole block.",
+        "No block is exact beyond what the bounds say; the public code keeps at least 8% with "
+        "mode=threshold: min_exact=0.08.",
+        "The similarity cap compares neighbours; the public code the first and the last key that "
+        "are pooled together.",
         "Text tokens of a joint sequence are always exact, and never pooled.",
     ),
 )
@@ -299,6 +313,9 @@ def psa(
     ] = "stride",
     similarity_cap: Annotated[bool, Opt("pool only neighbours that are alike")] = False,
     seed: Annotated[int, Opt("of sample=random"), Field(ge=0)] = 0,
+    min_exact: Annotated[
+        float, Opt("least share of a row's blocks that is exact, the best ones"), Field(ge=0, le=1)
+    ] = 0.0,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
 ) -> Method:
@@ -319,7 +336,7 @@ def psa(
         ratios = RATIOS[ratios]
     return Method(
         make("layout", layout, block_size=block_k, query_block_size=block_q),
-        Pyramid(tuple(ratios), mode, sample, similarity_cap, seed),  # type: ignore[arg-type]
+        Pyramid(tuple(ratios), mode, sample, similarity_cap, seed, min_exact),  # type: ignore[arg-type]
         Drop(),
         Schedule(dense_steps, dense_layers),
     )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_importance import block_importance
-from dit_accel.kernels.packed import compact
+from dit_accel.kernels.order import valid_order
+from dit_accel.kernels.rank_levels import rank_levels
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.rest import Drop
 from dit_accel.types import DROP, EXACT, Context, Plan
@@ -49,6 +50,8 @@ class Pyramid:
         similarity_cap: pool a block to a level only if the mean cosine of the neighbours that would
             be pooled is at least `CAPS`, otherwise to the next finer one.
         seed: of ``sample="random"``.
+        min_exact: least share of a row's blocks that is exact, the best ones, whatever the bounds
+            say; 0.08 in the public code, with ``mode="threshold"``.
     """
 
     ratios: tuple[float, float, float, float] = RATIOS["wan-14b"]
@@ -56,6 +59,7 @@ class Pyramid:
     sample: Literal["stride", "random"] = "stride"
     similarity_cap: bool = False
     seed: int = 0
+    min_exact: float = 0.0
 
     def __post_init__(self) -> None:
         ratios = self.ratios
@@ -69,6 +73,8 @@ class Pyramid:
                 "Pyramid: ratios: expected four rising bounds in [0, 1], of levels 1, 2, 4 and 8, "
                 f"got {ratios!r}"
             )
+        if not 0 <= self.min_exact <= 1:
+            raise InputError(f"Pyramid: min_exact: expected 0 to 1, got {self.min_exact!r}")
         for name, known in (("mode", ("threshold", "topk")), ("sample", ("stride", "random"))):
             if getattr(self, name) not in known:
                 raise InputError(
@@ -97,9 +103,8 @@ class Pyramid:
         if not (rows and columns and self.ratios[0] < 1):
             return Plan(code, LEVELS[1:])
         keys, queries = blocked.keys, blocked.queries
-        order = compact(keys.perm, keys.offsets, blocked.geometry.key_valid)
-        # any token will do for what is no sample
-        tokens, bounds = order.perm.long().clamp_(min=0), order.offsets[..., : columns + 1]
+        tokens, bounds = valid_order(keys.perm, keys.offsets, blocked.geometry.key_valid)
+        bounds = bounds[..., : columns + 1]
         q_tokens, q_bounds = self._sampled(queries.perm, queries.offsets[..., : rows + 1])
         k_tokens, k_bounds = self._sampled(tokens, bounds)
         importance = block_importance(
@@ -154,25 +159,33 @@ class Pyramid:
     def _levels(self, importance: Tensor, count: Tensor) -> Tensor:
         """int8 ``[B, H, Nq, Nk]``: the level of every pair."""
         full = (count > 0).unsqueeze(-2)
-        ranked, order = importance.masked_fill(~full, -1.0).sort(
-            dim=-1, descending=True, stable=True
-        )
-        ranked = ranked.clamp(min=0).double()
+        score = importance.masked_fill(~full, -torch.inf)
+        ratios = _on(self.ratios, torch.float64, score.device)
+        one = full.to(score.dtype)
+        number = one.sum(-1, keepdim=True, dtype=torch.float64)
+        worth, total = one, number
         if self.mode == "threshold":
-            total = ranked.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-            before = (ranked.cumsum(-1) - ranked) / total
-        else:
-            place = torch.arange(ranked.shape[-1], device=ranked.device, dtype=torch.float64)
-            before = (place / full.sum(-1, keepdim=True).clamp(min=1)).expand_as(ranked)
-        level = torch.full_like(order, DROP, dtype=torch.int8)
-        for bound, number in zip(reversed(self.ratios), reversed(LEVELS), strict=True):
-            level.masked_fill_(before < bound, number)
-        return torch.zeros_like(level).scatter_(-1, order, level)
+            worth = importance.masked_fill(~full, 0.0)
+            total = worth.sum(-1, keepdim=True, dtype=torch.float64)
+            total = total.clamp(min=torch.finfo(torch.float32).tiny)
+        # within all bounds is the finest level
+        code = _on((DROP, *reversed(LEVELS)), torch.int8, score.device)
+        level = code[rank_levels(score, worth, ratios * total).int()]
+        if self.min_exact:
+            level = level.masked_fill(rank_levels(score, one, self.min_exact * number) > 0, EXACT)
+        return level
 
 
 def _heads(tensor: Tensor, heads: slice) -> Tensor:
     """``tensor[:, heads]``, where the second dimension may be 1."""
     return tensor if tensor.shape[1] == 1 else tensor[:, heads]
+
+
+@lru_cache(maxsize=64)
+def _on(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Constants where they are used, copied once: a copy waits for the device."""
+    with torch.inference_mode(False):  # a cached inference tensor could not be used outside
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=8)

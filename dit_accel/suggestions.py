@@ -64,7 +64,9 @@ _BY_TOP_P: Final = (
     "the keys is kept, as large as the density that the paper reports"
 )
 _PISA_VIDEO: Final = Suggestion(
-    "pisa", {"density": 0.15, "block_size": 64}, f"{_PISA}: blocks of 64, density 0.15"
+    "pisa",
+    {"density": 0.15, "block_size": 64, "block_q": 64},
+    f"{_PISA}: blocks of 64, density 0.15",
 )
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.attend import attend, direct
-from dit_accel.eval.capture import Call
+from dit_accel.eval.calls import Call
 from dit_accel.layout import Blocked
 from dit_accel.method import Method, Trace
 from dit_accel.rest import Moment, Taylor

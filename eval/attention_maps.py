@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_accel.eval.capture import Call
+from dit_accel.eval.calls import Call
 from dit_accel.kernels.rectangles import gather_blocks, rectangles, some_heads
 from dit_accel.method import Method, Trace
 from dit_accel.pipelines import media

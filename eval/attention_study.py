@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dit_accel.errors import InputError
-from dit_accel.eval import attention_maps, capture, fields, records
+from dit_accel.eval import attention_maps, calls, fields, records
 from dit_accel.eval.attention_errors import Replay, replay
 from dit_accel.eval.candidates import Candidate
 from dit_accel.eval.samples import Settings
@@ -43,7 +43,7 @@ class Study:
         model: what `dit_accel.pipelines.load` takes.
         prompts: prompt ``i`` is generated from seed ``seed + i``.
         layers, at: layers and denoising steps whose calls are captured; see
-            `dit_accel.eval.capture.chosen_layers` and `chosen_steps`.
+            `dit_accel.eval.calls.chosen_layers` and `chosen_steps`.
         steps, guidance: of the generations; the model's own by default.
         seed: of the first prompt, and of the first synthetic field.
         height, width, frames, negative_prompt: of the generations; likewise.
@@ -259,17 +259,15 @@ def _run_model(study: Study, chosen: Sequence[Candidate], folder: File, progress
 
 
 def _dense(study: Study, pipe: Any, request: Request, folder: File, number: int) -> None:
-    calls = folder / f"captures/p{number:03d}"
-    calls.mkdir(parents=True, exist_ok=True)
+    room = folder / f"captures/p{number:03d}"
+    room.mkdir(parents=True, exist_ok=True)
     (folder / "dense").mkdir(exist_ok=True)
     assert request.steps is not None
-    layers = capture.chosen_layers(study.layers, capture.num_layers(pipe))
-    steps = capture.chosen_steps(study.at, request.steps)
+    layers = calls.chosen_layers(study.layers, calls.num_layers(pipe))
+    steps = calls.chosen_steps(study.at, request.steps)
     path = follow(
         pipe,
-        lambda see: capture.capture(
-            pipe, request, calls, layers=layers, steps=steps, on_latents=see
-        ),
+        lambda see: calls.capture(pipe, request, room, layers=layers, steps=steps, on_latents=see),
     )
     tensors = {name: value.contiguous() for name, value in path.tensors().items()}
     media.replace_with(
@@ -313,7 +311,7 @@ def _run_replays(
         if kind == "synthetic":
             pieces.append((source, 0))
         else:
-            layers = capture.layers_in(folder / f"captures/p{int(number):03d}")
+            layers = calls.layers_in(folder / f"captures/p{int(number):03d}")
             pieces += [(source, layer) for layer in layers]
     wanted = [
         (source, layer, made)
@@ -335,10 +333,10 @@ def _run_replays(
 
 def _run_maps(study: Study, chosen: Sequence[Candidate], folder: File, progress: Progress) -> None:
     """Maps of the first prompt's calls: of every captured layer, at three steps or fewer."""
-    calls, target = folder / "captures/p000", folder / "maps"
+    room, target = folder / "captures/p000", folder / "maps"
     target.mkdir(exist_ok=True)
     wanted = [made for made in chosen if not attention_maps.file_of(target, made.name).exists()]
-    layers, steps = capture.layers_in(calls), capture.steps_in(calls)
+    layers, steps = calls.layers_in(room), calls.steps_in(room)
     some = {steps[round(i * (len(steps) - 1) / 2)] for i in range(3)}
     for count, made in enumerate(wanted):
         progress("maps", count, len(wanted))
@@ -349,7 +347,7 @@ def _run_maps(study: Study, chosen: Sequence[Candidate], folder: File, progress:
                 for one in attention_maps.maps(
                     made.name,
                     made.method,
-                    capture.steps_of(calls, layer, study.device),
+                    calls.steps_of(room, layer, study.device),
                     some,
                 )
             ),
@@ -361,13 +359,13 @@ def _run_maps(study: Study, chosen: Sequence[Candidate], folder: File, progress:
 
 def _steps_of(
     study: Study, folder: File, source: str, layer: int
-) -> tuple[Iterator[list[capture.Call]], float]:
+) -> tuple[Iterator[list[calls.Call]], float]:
     """The calls of a source's layer, and the guidance they were made with."""
     kind, _, text = source.partition(":")
     number = int(text)
     if kind == "captured":
-        calls = folder / f"captures/p{number:03d}"
-        return capture.steps_of(calls, layer, study.device), _guidance(folder, number)
+        room = folder / f"captures/p{number:03d}"
+        return calls.steps_of(room, layer, study.device), _guidance(folder, number)
     made = fields.synthetic(
         study.grid,
         study.heads,

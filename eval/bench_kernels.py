@@ -184,7 +184,7 @@ def run(
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ops", default=",".join(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument("--ops", default=",".join(CHECKS), help=f"of {', '.join(CASES)}")
     parser.add_argument("--shapes", default="wan14b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
 from dit_accel.errors import InputError
-from dit_accel.eval.capture import Call, solved
+from dit_accel.eval.calls import Call, solved
 from dit_accel.pipelines.wan import rotate
 from dit_accel.types import Context, Geometry
 

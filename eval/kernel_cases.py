@@ -268,6 +268,58 @@ def token_select_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case
         )
 
 
+_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"num_stages": 2},
+    {"num_stages": 2, "maxnreg": 128},
+    {"num_stages": 4},
+    {"BN": 128, "num_stages": 2},
+    {"BM": 64, "num_warps": 4},
+    {"G": 1},
+    {"G": 2},
+    {"G": 4},
+)
+"""Launches of token attention beside the usual one."""
+
+
+def token_attention_settings(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
+    """Token attention launched in other ways, on a few large blocks and on many small ones."""
+    from dit_accel.kernels.token_attention import triton
+
+    for name, layout, layer in _token_layouts(shape):
+        if name == "time":
+            continue
+        blocked = _blocked(shape, layout, parts, layer)
+        select = Gate()(blocked, Drop(), shape.context).select
+        pairs = _exact_pairs(select, blocked)
+        for setting in _SETTINGS:
+
+            def call(
+                blocked: Blocked = blocked,
+                select: Tensor = select,
+                setting: dict[str, Any] = setting,
+            ) -> Any:
+                return triton.token_attention(
+                    blocked.q,
+                    blocked.k,
+                    blocked.v,
+                    select,
+                    blocked.keys.perm,
+                    blocked.keys.offsets,
+                    None,
+                    blocked.scale,
+                    None,
+                    setting,
+                )
+
+            label = ", ".join(f"{key}={value}" for key, value in setting.items())
+            yield Case(f"{name}: {label}", call, 4 * shape.head_dim * pairs, _size(*parts))
+
+
+def _exact_pairs(select: Tensor, blocked: Blocked) -> float:
+    sizes = blocked.keys.sizes[0, 0].double()
+    return sum(float((head.sum(0) * sizes).sum()) for head in select[0])
+
+
 def token_attention_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
     """What the gate selects at the paper's threshold, and as much drawn at random."""
     for name, layout, layer in _token_layouts(shape):
@@ -278,8 +330,7 @@ def token_attention_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[C
             drawn = torch.rand(chosen.shape[2:], device=chosen.device) < 0.25
             plans.append((f"{name} at random", drawn.expand(1, shape.heads, -1, -1)))
         for label, select in plans:
-            sizes = blocked.keys.sizes.double()
-            pairs = sum(float((s.sum(0) * sizes[0, 0]).sum()) for s in select[0])
+            pairs = _exact_pairs(select, blocked)
 
             def call(blocked: Blocked = blocked, select: Tensor = select) -> Any:
                 return token_attention(
@@ -308,5 +359,6 @@ CASES: dict[str, Callable[[Shape, tuple[Tensor, ...]], Iterator[Case]]] = {
     "block_importance": block_importance_cases,
     "gate": token_select_cases,
     "token_attention": token_attention_cases,
+    "token_attention_settings": token_attention_settings,
 }
 """Cases by operation."""

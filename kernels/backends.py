@@ -58,7 +58,7 @@ def resolve(
 
 def triton_refusal(like: Tensor) -> str | None:
     """Why no Triton kernel can take a tensor ``[..., D]``; ``None`` when one can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if like.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes fp16, bf16 and fp32, not {like.dtype}"
@@ -72,6 +72,14 @@ def triton_refusal(like: Tensor) -> str | None:
     if like.dtype == torch.bfloat16:
         return "Triton's interpreter computes bf16 products wrongly"
     return None
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ModuleNotFoundError:  # a finder that refuses it
+        return False
 
 
 def interpreted() -> bool:

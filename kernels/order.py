@@ -14,6 +14,34 @@ def lead_strides(tensor: Tensor) -> tuple[int, int]:
     )
 
 
+def valid_order(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An order and its blocks with the padding moved behind them.
+
+    Args:
+        perm: int64 ``[B|1, H|1, L]``.
+        offsets: integer ``[B|1, H|1, N + 1]``.
+        valid: bool ``[B, L]`` by token, or ``None`` when every token is.
+
+    Returns:
+        ``tokens`` int64 ``[B|1, H|1, L]``, the valid ones in their order and then the others, and
+        ``bounds`` int32 ``[B|1, H|1, N + 1]``, where the blocks lie in it.
+    """
+    if valid is None:
+        return perm, offsets.to(torch.int32)
+    batch, heads, length = valid.shape[0], *perm.shape[1:]
+    perm = perm.expand(batch, heads, length)
+    keep = valid.unsqueeze(1).expand(batch, heads, length).gather(2, perm)
+    before = torch.nn.functional.pad(keep.cumsum(-1), (1, 0))
+    count = before[..., -1:]
+    place = torch.arange(length, device=perm.device)
+    target = torch.where(keep, before[..., :-1], count + place - before[..., :-1])
+    tokens = torch.empty_like(target).scatter_(2, target, perm)
+    heads = max(heads, offsets.shape[1])
+    before = before.expand(batch, heads, -1)
+    bounds = before.gather(2, offsets.long().expand(batch, heads, -1))
+    return tokens, bounds.to(torch.int32)
+
+
 def label_order(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Tokens sorted by label, those of one label in their own order.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def remembered(perm: Tensor, offsets: Tensor, what: Hashable, make: Callable[[],
     A layout that depends on the grid alone gives the same tensors at every step, and launching a
     dozen small operations anew takes longer than a short sequence's attention.
     """
-    known = _known.setdefault(offsets, {})
+    known: dict[Hashable, Any] = _known.setdefault(offsets, {})  # type: ignore[no-untyped-call]
     found = known.get(what)
     if found is not None and found[0]() is perm:
         return found[1]  # type: ignore[no-any-return]
@@ -100,23 +100,72 @@ def tiles(offsets: Tensor, length: int, size: int, longest: int | None = None) -
             made.
     """
     starts, sizes = offsets[..., :-1].long(), offsets.diff(dim=-1).long()
+    return _cut(starts, sizes, length, size, longest, 1)
+
+
+def _cut(
+    starts: Tensor, sizes: Tensor, length: int, size: int, longest: int | None, level: int
+) -> Tiles:
+    """Runs of rows cut every ``size``; each row is the mean of ``level`` keys."""
     blocks = sizes.shape[-1]
+    shape = (level - 1) << LENGTH_BITS
     if longest is not None and longest <= size:
-        span = torch.where(sizes > 0, (starts << START_BIT) | sizes, 0)
-        block = torch.arange(blocks, dtype=torch.int32, device=offsets.device)
-        block = (block << BLOCK_BIT) + 1
+        span = torch.where(sizes > 0, (starts << START_BIT) | shape | sizes, 0)
+        block = torch.arange(blocks, dtype=torch.int32, device=sizes.device)
+        block = (block << BLOCK_BIT) + level
         return Tiles(block.expand(sizes.shape).contiguous(), span.to(torch.int32).contiguous())
     most = blocks + length // size
     if longest is not None:
         most = min(most, blocks * -(-longest // size))
     per_block = -(-sizes // size)
     ends = per_block.cumsum(-1)
-    number = torch.arange(most, device=offsets.device).expand(*sizes.shape[:2], -1).contiguous()
+    number = torch.arange(most, device=sizes.device).expand(*sizes.shape[:2], -1).contiguous()
     block = torch.searchsorted(ends, number, right=True)
     exists = block < blocks
     block = block.clamp(max=max(0, blocks - 1))
     shift = (number - (ends - per_block).gather(2, block)) * size
     start = starts.gather(2, block) + shift
     count = (sizes.gather(2, block) - shift).clamp(max=size)
-    span = torch.where(exists, (start << START_BIT) | count, 0)
-    return Tiles(((block << BLOCK_BIT) + 1).to(torch.int32), span.to(torch.int32))
+    span = torch.where(exists, (start << START_BIT) | shape | count, 0)
+    return Tiles(((block << BLOCK_BIT) + level).to(torch.int32), span.to(torch.int32))
+
+
+class Pooled(NamedTuple):
+    """Where the means of each level stand in a table behind the keys, and their tiles.
+
+    ``rows`` by level: int32 ``[B|1, H|1, R]`` spans of the keys that each row is the mean of;
+    ``tiles`` of all levels together; ``height``, rows of the table.
+    """
+
+    rows: dict[int, Tensor]
+    tiles: Tiles
+    height: int
+
+
+def pooled(
+    offsets: Tensor, length: int, levels: tuple[int, ...], size: int, longest: int | None = None
+) -> Pooled:
+    """Blocks pooled to some levels, in tiles of up to ``size`` means.
+
+    The last mean of a block may be of fewer keys, and is then a tile of its own.
+    """
+    counts = offsets.diff(dim=-1).long()
+    rows, parts, base = {}, [], length
+    for level in levels:
+        rows[level] = tiles(offsets, length, level, longest).span
+        per_block = -(-counts // level)
+        first = per_block.cumsum(-1) - per_block + base
+        whole, left = counts // level, counts % level
+        most = None if longest is None else max(1, longest // level)
+        parts.append(_cut(first, whole, length // level, size, most, level))
+        span = ((first + whole) << START_BIT) | ((left - 1) << LENGTH_BITS) | 1
+        block = (torch.arange(counts.shape[-1], device=counts.device) << BLOCK_BIT) + level
+        parts.append(
+            Tiles(
+                block.expand(counts.shape).to(torch.int32),
+                torch.where(left > 0, span, 0).to(torch.int32),
+            )
+        )
+        base += rows[level].shape[-1]
+    joined = (torch.cat(column, -1).contiguous() for column in zip(*parts, strict=True))
+    return Pooled(rows, Tiles(*joined), base)

@@ -67,7 +67,10 @@ _TABLE: Final = {
                 "guidance_scale": 6.0,
             }
         ),
-        method_options=MappingProxyType({"block_size": 16, "block_q": 16, "block_k": 16}),
+        method_options=MappingProxyType(
+            # clusters as large: of keys, and of queries larger by as much as in SVG-EAR's paper
+            {"block_size": 16, "block_q": 16, "block_k": 16, "q_clusters": 36, "k_clusters": 144}
+        ),
         fps=8,
     )
 }

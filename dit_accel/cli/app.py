@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.cli import bench, doctor, evaluate, generate, listing, tiny_wan
+from dit_accel.cli import bench, doctor, evaluate, figure, generate, listing, tiny_wan
 from dit_accel.cli.config import with_config
 
 app = typer.Typer(
@@ -42,5 +42,6 @@ app.command("models")(listing.models)
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(figure.app, name="figure")
 app.add_typer(tiny_wan.train_app, name="train")
 app.add_typer(tiny_wan.check_app, name="check")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.backends import BACKENDS, implementation, resolve, triton_refusal
 from dit_accel.kernels.block_summary.api import check_blocks, check_valid
+from dit_accel.kernels.merge import merge
+from dit_accel.kernels.packed import MOST_ROWS
 
 POOLED = (2, 4, 8)
 """Codes of pooled levels: so many consecutive keys of a block are averaged into one."""
@@ -60,6 +62,7 @@ def block_attention(
     levels: tuple[int, ...] | None = None,
     q_longest: int | None = None,
     k_longest: int | None = None,
+    onto: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan over blocks, exact pairs and rest under one softmax normaliser.
@@ -77,6 +80,7 @@ def block_attention(
         rest: what stands in for code -1.
         levels: which of 2, 4 and 8 ``code`` may hold; ``None`` looks, and waits for the device.
         q_longest, k_longest: tokens of the longest block, where the caller knows; never less.
+        onto: attention over other keys, ``out`` and ``lse`` as they are returned, to be merged.
         backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
@@ -114,15 +118,22 @@ def block_attention(
                 f"{sorted(found)}"
             )
         levels = tuple(level for level in POOLED if level in found)
+    if onto is not None and (onto[0].shape != q.shape or onto[1].shape != q.shape[:-1]):
+        raise ValueError(
+            f"onto: expected {list(q.shape)} with {list(q.shape[:-1])}, got {list(onto[0].shape)} "
+            f"with {list(onto[1].shape)}"
+        )
     if rest is not None and rest.weight != "plain" and rest.k_var is None:
         raise ValueError(f"rest: expected k_var for weight {rest.weight!r}, got None")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("q, k, v: expected no gradient to be asked for: run under torch.no_grad()")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = resolve(backend, q, BACKENDS, _refusal(q, scale, rest, levels))
+    chosen = resolve(backend, q, BACKENDS, _refusal(q, scale, rest, levels, blocks[1]))
     run = implementation("block_attention", chosen).block_attention
-    known = {"q_longest": q_longest, "k_longest": k_longest} if chosen == "triton" else {}
-    return run(
+    known: dict[str, Any] = {}
+    if chosen == "triton":
+        known = {"q_longest": q_longest, "k_longest": k_longest, "levels": levels, "onto": onto}
+    result: tuple[Tensor, Tensor] = run(
         q,
         k,
         v,
@@ -136,16 +147,20 @@ def block_attention(
         rest=rest,
         **known,
     )
+    if onto is not None and chosen != "triton":
+        return merge(*result, *onto)
+    return result
 
 
 def _refusal(
-    q: Tensor, scale: float, rest: RestTerms | None, levels: tuple[int, ...]
+    q: Tensor, scale: float, rest: RestTerms | None, levels: tuple[int, ...], blocks: int
 ) -> str | None:
     """Why the kernel cannot take a call."""
     if rest is not None and rest.cov_sum is not None and rest.cov_scope == "rest":
         return "it has no cov_scope 'rest', which needs a covariance for every row"
-    if levels:
-        return "it has no pooled levels"
+    rows = q.shape[2] + sum(q.shape[2] // level + blocks for level in levels)
+    if rows > MOST_ROWS:
+        return f"it tells {MOST_ROWS} rows of keys and means apart, not {rows}"
     if scale <= 0:
         return f"it takes a positive scale, not {scale}"
     return triton_refusal(q)

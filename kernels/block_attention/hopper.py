@@ -42,7 +42,7 @@ def _rows_of(entries, turn, row, boxes: gl.constexpr):
     """Where the boxes of one turn of a list begin: all read at once, for keys and values."""
     found = (row + (gl.load(entries + turn * boxes) >> _BITS),)
     for i in gl.static_range(1, boxes):
-        found = found + (row + (gl.load(entries + turn * boxes + i) >> _BITS),)
+        found = found + (row + (gl.load(entries + turn * boxes + i) >> _BITS),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
@@ -341,7 +341,7 @@ class _Parts:
 
 
 _FIELDS = tuple(_Parts.__annotations__)
-_Parts = aggregate(_Parts)
+_Parts = aggregate(_Parts)  # type: ignore[misc]
 _SIZES = ["heads", "length", "table", "rows", "columns", "num_tiles", "num_rows", "rest_turns"]
 _SIZES += [f"{name}_{axis}" for name in ("perm", "tile", "code", "bias") for axis in "bh"]
 
@@ -475,16 +475,22 @@ def attend_kernel(
         )
 
 
-def attend(problem: Problem, rest: RestTerms | None, box: int, *, init: bool = False) -> None:
-    """A whole problem; with ``init`` on top of the partial that ``out`` and ``lse`` hold.
+def attend(
+    problem: Problem,
+    rest: RestTerms | None,
+    box: int,
+    onto: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """A whole problem, on top of a partial if there is one.
 
     Args:
         problem: in fp16 or bf16, head size 64 or 128, tiles of 128 queries and ``box`` keys.
         rest: what stands in for the blocks of code -1.
         box: tokens of a key tile: 64, 32, 16 or 8.
-        init: whether a partial stands in ``out`` and ``lse``, to be merged.
+        onto: attention over other keys, ``out`` ``[B, H, L, D]`` and ``lse`` ``[B, H, L]``.
     """
     q, out = problem.q, problem.out
+    init, init_lse = (x.contiguous() for x in onto or (out, problem.lse))
     heads, length, depth = q.shape[1:]
     columns = problem.code.shape[3]
     terms = rest_tables(rest, q, problem.scale)
@@ -504,8 +510,8 @@ def attend(problem: Problem, rest: RestTerms | None, box: int, *, init: bool = F
         problem.counts,
         problem.code,
         terms["bias"],
-        out,
-        problem.lse,
+        init,
+        init_lse,
         out,
         problem.lse,
         heads,
@@ -527,7 +533,7 @@ def attend(problem: Problem, rest: RestTerms | None, box: int, *, init: bool = F
         PER=_TURN,
         WEIGHT=weight,
         FIRST_ORDER=first_order,
-        INIT=init,
+        INIT=onto is not None,
         D=depth,
         **LAUNCH,
     )

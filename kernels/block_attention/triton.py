@@ -7,6 +7,7 @@ mask, the others with one. The next tile's place is read one turn ahead.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +19,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.gather import gather_rows
+from dit_accel.kernels.merge.triton import merge
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
     BLOCK_BIT,
     LENGTH_BITS,
     START_BIT,
     Compact,
+    Pooled,
     Tiles,
     compact,
+    pooled,
     remembered,
     tiles,
 )
 from dit_accel.kernels.specimen import Specimen
 
 LOG2E = 1.4426950408889634
+_POOLED_BOX, _POOLED_TILE = 8, 16
+"""Means in a tile: a block of 64 keys has 8 of the coarsest level, and a product wants 16."""
+_LIST_BYTES = 256 * 2**20
+"""What the lists of pooled tiles may take at once."""
 _AHEAD = 16
 """Empty entries after every list: what a kernel may read beyond it."""
 WEIGHTS = {"plain": 0, "second": 1, "gaussian": 2}
@@ -92,6 +100,38 @@ def pack_kernel(
         tl.store(counts + place * 2 + part, done)
     # some more, which are read ahead and hold nothing
     tl.store(target + done + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "height", "base", "span_b", "span_h"])
+def pool_kernel(
+    table,
+    span,
+    heads,
+    rows,
+    height,
+    base,
+    span_b,
+    span_h,
+    LEVEL: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Means of up to so many rows of a table, written behind them."""
+    head = tl.program_id(1)
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = place < rows
+    where = tl.load(span + b * span_b + h * span_h + place, mask=inside, other=0)
+    count = where & _MASK
+    depth = tl.arange(0, D)[None, :]
+    own = table + head.to(tl.int64) * height * D
+    total = tl.zeros([ROWS, D], tl.float32)
+    for i in tl.static_range(LEVEL):
+        row = ((where >> _BITS) + i)[:, None] * D + depth
+        total += tl.load(own + row, mask=(i < count)[:, None], other=0.0).to(tl.float32)
+    mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
+    target = own + (base + place)[:, None] * D + depth
+    tl.store(target, mean.to(table.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -309,35 +349,113 @@ def block_attention(
     rest: RestTerms | None,
     q_longest: int | None = None,
     k_longest: int | None = None,
+    levels: tuple[int, ...] = (),
+    onto: tuple[Tensor, Tensor] | None = None,
     setting: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     chosen = {**_setting(q, k_longest), **(setting or {})}
     bm, bn, on_hopper = chosen.pop("BM"), chosen.pop("BN"), chosen.pop("hopper")
     queries, keys = compact(q_perm, q_offsets, None), compact(k_perm, k_offsets, key_valid)
     q_tiles = _tiles(queries, q.shape[2], bm, q_longest)
-    k_tiles = _tiles(keys, k.shape[2], bn, k_longest)
     code = code.contiguous()
-    listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
+    length = k.shape[2]
+    pyramid = None
+    if levels:
+        box = _POOLED_BOX if on_hopper else _POOLED_TILE
+        pyramid = remembered(
+            keys.perm,
+            keys.offsets,
+            ("pooled", levels, box, k_longest),
+            lambda: pooled(keys.offsets, length, levels, box, k_longest),
+        )
+    tables = [_table(x, keys, pyramid) for x in (k, v)]
+    k_tiles = _tiles(keys, length, bn, k_longest)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
-        gathered(k, keys),
-        gathered(v, keys),
+        *tables,
         queries,
         q_tiles,
-        listed,
-        counts,
+        *packed(code, k_tiles, q.shape[0], q.shape[1], bn),
         code,
         scale,
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
     )
-    if on_hopper:
-        from dit_accel.kernels.block_attention import hopper
 
-        hopper.attend(problem, rest, bn)
-    else:
-        _attend(problem, rest, bm, bn, chosen)
+    def attend(problem: Problem, rest: RestTerms | None, size: int, onto: Any) -> None:
+        if on_hopper:
+            from dit_accel.kernels.block_attention import hopper
+
+            hopper.attend(problem, rest, size, onto)
+        else:
+            _attend(problem, rest, bm, size, chosen)
+            if onto is not None:
+                made = merge(problem.out, problem.lse, *onto)
+                for mine, new in zip((problem.out, problem.lse), made, strict=True):
+                    mine.copy_(new)
+
+    attend(problem, rest, bn, onto)
+    if pyramid is not None:
+        for part in _parts(problem, pyramid, box):
+            # Hopper's kernel reads a row before it writes it
+            before = part.out, part.lse
+            attend(part, None, box, before if on_hopper else tuple(x.clone() for x in before))
     return problem.out, problem.lse
+
+
+def _table(x: Tensor, order: Compact, pyramid: Pooled | None) -> Tensor:
+    """Keys or values in the order, and behind them the means of every level."""
+    if pyramid is None:
+        return gathered(x, order)
+    batch, heads, length, depth = x.shape
+    table = torch.empty(batch, heads, pyramid.height, depth, dtype=x.dtype, device=x.device)
+    table[:, :, :length] = gathered(x, order)
+    base = length
+    for level, span in pyramid.rows.items():
+        rows = span.shape[-1]
+        pool_kernel[(triton.cdiv(rows, 64), batch * heads)](
+            table,
+            span,
+            heads,
+            rows,
+            pyramid.height,
+            base,
+            *lead_strides(span),
+            LEVEL=level,
+            D=depth,
+            ROWS=64,
+        )
+        base += rows
+    return table
+
+
+def _parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Problem]:
+    """The pooled tiles of a problem, some heads at a time: their lists are long."""
+    batch, heads, rows, _ = problem.counts.shape
+    each = rows * (pyramid.tiles.span.shape[-1] + _AHEAD) * 4
+    step = max(1, _LIST_BYTES // each)
+    for b in range(batch):
+        for h in range(0, heads, step):
+
+            def cut(x: Tensor, b: int = b, h: int = h) -> Tensor:
+                x = x[b : b + 1] if x.shape[0] > 1 else x
+                return x[:, h : h + step] if x.shape[1] > 1 else x
+
+            q, code = cut(problem.q), cut(problem.code).contiguous()
+            found = Tiles(*(cut(x) for x in pyramid.tiles))
+            listed, counts = packed(code, found, 1, q.shape[1], size)
+            yield problem._replace(
+                q=q,
+                keys=cut(problem.keys),
+                values=cut(problem.values),
+                queries=Compact(*(cut(x) for x in problem.queries)),
+                q_tiles=Tiles(*(cut(x) for x in problem.q_tiles)),
+                listed=listed,
+                counts=counts,
+                code=code,
+                out=cut(problem.out),
+                lse=cut(problem.lse),
+            )
 
 
 def packed(

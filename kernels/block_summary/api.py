@@ -78,7 +78,9 @@ def block_mean(
     check_blocks("x", perm, offsets, x)
     check_valid(valid, x)
     chosen = resolve(backend, x, BACKENDS, triton_refusal(x))
-    return implementation("block_summary", chosen).block_mean(x, perm, offsets, valid)
+    run = implementation("block_summary", chosen).block_mean
+    mean: Tensor = run(x, perm, offsets, valid)
+    return mean
 
 
 def block_summary(
@@ -119,4 +121,5 @@ def block_summary(
     run = implementation(
         "block_summary", resolve(backend, k, BACKENDS, triton_refusal(k))
     ).block_summary
-    return run(k, v, perm, offsets, num_video, key_valid, k_var, cov)
+    found: BlockSummary = run(k, v, perm, offsets, num_video, key_valid, k_var, cov)
+    return found

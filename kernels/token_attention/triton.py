@@ -5,7 +5,7 @@ tile, a tile computes the union of what its tokens selected, which in the worst 
 The price is a partial for every choice, written and read once: ``4 D`` bytes beside ``4 D n``
 operations for a block of ``n`` keys. On a card of 4 TB/s and 500 TFLOP/s that is as dear as the
 attention itself at 125 keys a block and a sixth of it at 750. So blocks that are small are taken
-by the group, two, four or eight at once. The tokens of a group are sorted by which of its blocks
+by the group, two or four at once. The tokens of a group are sorted by which of its blocks
 they chose, in the order of a Gray code; then nearly all tiles hold tokens of one choice, a tile
 goes through the blocks of that, and leaves one partial for the whole group. Where two choices meet
 in a tile, it goes through the blocks of both, and each token counts its own.
@@ -32,15 +32,18 @@ from dit_accel.kernels.specimen import Specimen, typed
 LOG2E = tl.constexpr(1.4426950408889634)
 KEPT_BYTES = 2**30
 """What partials and lists may take."""
-_TILE = 128
+SETTING: dict[str, Any] = {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3}
+"""Queries and keys of a tile, and how the attention itself is launched."""
+_WIDE: dict[str, Any] = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
+_TILE = 512
 """Tokens that are sorted by one program."""
 _COLUMNS = 32
 """Blocks whose selection is read by one program."""
 
 
 def group_size(length: int, blocks: int) -> int:
-    """How many blocks are taken at once: 1 for blocks of 512 tokens or more, at most 8."""
-    return next((n for n in (1, 2, 4) if n * length >= 512 * blocks), 8)
+    """How many blocks are taken at once: 1 for blocks of 512 tokens or more, at most 4."""
+    return next((n for n in (1, 2) if n * length >= 512 * blocks), 4)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "first_pair", "first_group"])
@@ -80,43 +83,42 @@ def _choices(
 
 
 @triton.jit
-def _ranked(choice_ptr, unit, first, length, BT: tl.constexpr):
-    """Of a tile of tokens: where each choice stands in the Gray code, its rank, and its number."""
-    token = first + tl.arange(0, BT)
-    choice = tl.load(choice_ptr + unit * length + token, mask=token < length, other=0).to(tl.int32)
+def _coded(choice_ptr, unit, length, BINS: tl.constexpr, BT: tl.constexpr):
+    """A tile of tokens: where each choice stands in the Gray code, as a row of zeros and a one."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = token < length
+    choice = tl.load(choice_ptr + unit * length + token, mask=inside, other=0).to(tl.int32)
     code = choice ^ (choice >> 1)
     code = code ^ (code >> 2)
-    code = code ^ (code >> 4)
-    alike = (code[:, None] == code[None, :]).to(tl.int32)
-    earlier = tl.arange(0, BT)[None, :] < tl.arange(0, BT)[:, None]
-    rank = tl.sum(tl.where(earlier, alike, 0), 1)
-    return token, code, rank, tl.sum(alike, 1)
+    # the first bin would be those that chose nothing, and is left empty
+    bins = tl.arange(0, BINS)
+    one = ((code[:, None] == bins[None, :]) & (bins > 0)[None, :]).to(tl.int32)
+    return token, inside, code > 0, bins, one
 
 
 @triton.jit(do_not_specialize=["length"])
 def _count(choice_ptr, count_ptr, length, BINS: tl.constexpr, BT: tl.constexpr):
-    unit, tile, tiles = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
-    _, code, rank, number = _ranked(choice_ptr, unit, tile * BT, length, BT)
-    last = (code > 0) & (rank == number - 1)
-    tl.store(count_ptr + (unit * BINS + code) * tiles + tile, number, mask=last)
+    unit = tl.program_id(1).to(tl.int64)
+    _, _, _, bins, one = _coded(choice_ptr, unit, length, BINS, BT)
+    where = (unit * BINS + bins) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(count_ptr + where, tl.sum(one, 0))
 
 
 @triton.jit(do_not_specialize=["length"])
 def _place(choice_ptr, count_ptr, end_ptr, list_ptr, place_ptr, length, BINS: tl.constexpr,
            BT: tl.constexpr):  # fmt: skip
-    unit, tile, tiles = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
-    token, code, rank, _ = _ranked(choice_ptr, unit, tile * BT, length, BT)
-    some = code > 0
-    where = (unit * BINS + code) * tiles + tile
-    end = tl.load(end_ptr + where, mask=some, other=0)
-    place = end - tl.load(count_ptr + where, mask=some, other=0) + rank
+    unit = tl.program_id(1).to(tl.int64)
+    token, inside, some, bins, one = _coded(choice_ptr, unit, length, BINS, BT)
+    where = (unit * BINS + bins) * tl.num_programs(0) + tl.program_id(0)
+    start = tl.load(end_ptr + where) - tl.load(count_ptr + where)
+    place = tl.sum(one * (tl.cumsum(one, 0) - 1 + start[None, :]), 1)
     tl.store(list_ptr + unit * length + place, token, mask=some)
-    tl.store(place_ptr + unit * length + token, tl.where(some, place, -1), mask=token < length)
+    tl.store(place_ptr + unit * length + token, tl.where(some, place, -1), mask=inside)
 
 
 @triton.jit
 def _step(query, acc, peak, total, chosen, keys, values, base, first, stop, scale,
-          BN: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+          BN: tl.constexpr, RAGGED: tl.constexpr, ALL: tl.constexpr):  # fmt: skip
     """The online softmax over ``BN`` keys; tokens that did not choose them stay as they are."""
     key = keys.load([base + first, 0])
     value = values.load([base + first, 0])
@@ -124,10 +126,15 @@ def _step(query, acc, peak, total, chosen, keys, values, base, first, stop, scal
     if RAGGED:
         place = first + tl.arange(0, BN)
         logit = tl.where((place < stop)[None, :], logit, float("-inf"))
-    new = tl.where(chosen, tl.maximum(peak, tl.max(logit, 1) * scale), peak)
-    fade = tl.where(new == float("-inf"), 1.0, tl.exp2(peak - new))
-    # the exponential of minus infinity is 0, so no weight has to be masked
-    weight = tl.exp2(logit * scale - tl.where(chosen, new, float("inf"))[:, None])
+    new = tl.maximum(peak, tl.max(logit, 1) * scale)
+    if ALL:
+        fade = tl.exp2(peak - new)
+        weight = tl.exp2(logit * scale - new[:, None])
+    else:
+        new = tl.where(chosen, new, peak)
+        fade = tl.where(chosen, tl.exp2(peak - new), 1.0)
+        # the exponential of minus infinity is 0, so no weight has to be masked
+        weight = tl.exp2(logit * scale - tl.where(chosen, new, float("inf"))[:, None])
     total = total * fade + tl.sum(weight, 1)
     acc = acc * fade[:, None]
     acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
@@ -194,11 +201,13 @@ def _attend(
         whole = start + (stop - start) // BN * BN
         for first in range(start, whole, BN):
             acc, peak, total = _step(
-                query, acc, peak, total, chosen, keys, values, base, first, stop, scale, BN, False,
+                query, acc, peak, total, chosen, keys, values, base, first, stop, scale,
+                BN, False, G == 1,
             )  # fmt: skip
         if whole < stop:
             acc, peak, total = _step(
-                query, acc, peak, total, chosen, keys, values, base, whole, stop, scale, BN, True,
+                query, acc, peak, total, chosen, keys, values, base, whole, stop, scale,
+                BN, True, G == 1,
             )  # fmt: skip
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     where = unit * length + place
@@ -280,6 +289,7 @@ def token_attention(
     key_valid: Tensor | None,
     scale: float,
     rest: None,
+    setting: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, depth = q.shape
     blocks = select.shape[3]
@@ -292,7 +302,7 @@ def token_attention(
     select = select if select.stride(3) == 1 else select.contiguous()
     tokens, bounds = compact(k_perm, k_offsets, key_valid)
 
-    size = group_size(length, blocks)
+    size = (setting or {}).get("G") or group_size(length, blocks)
     bins, tiles = 2**size, triton.cdiv(length, _TILE)
     every = triton.cdiv(blocks, size)
     units = max(1, KEPT_BYTES // (length * (depth * q.itemsize + 13) + 8 * bins * tiles))
@@ -303,8 +313,9 @@ def token_attention(
         return torch.empty(*shape, dtype=dtype, device=device)
 
     keys, values = (room(pairs, length, depth, dtype=x.dtype) for x in (k, v))
-    half = q.dtype != torch.float32
-    block_m, block_n = (128, 64) if half else (64, 32)
+    options = {**(SETTING if q.dtype != torch.float32 else _WIDE), **(setting or {})}
+    options.pop("G", None)
+    block_m, block_n = options.pop("BM"), options.pop("BN")
     described = [
         TensorDescriptor.from_tensor(x.view(-1, depth), [block_n, depth]) for x in (keys, values)
     ]
@@ -328,18 +339,18 @@ def token_attention(
             these = min(groups, every - first_group)
             where = (heads, length, these, blocks, first_pair, first_group)
             at_once = _COLUMNS // size
-            _choices[(tiles, triton.cdiv(these, at_once), some)](
+            _choices[(triton.cdiv(length, 128), triton.cdiv(these, at_once), some)](
                 select,
                 choice,
                 *lead_strides(select),
                 select.stride(2),
                 *where,
                 G=size,
-                BT=_TILE,
+                BT=128,
                 BG=at_once,
                 num_warps=4,
             )
-            count = torch.zeros(some * these, bins * tiles, dtype=torch.int32, device=device)
+            count = room(some * these, bins * tiles)
             _count[(tiles, some * these)](choice, count, length, BINS=bins, BT=_TILE, num_warps=4)
             end = count.cumsum(-1, dtype=torch.int32)
             _place[(tiles, some * these)](
@@ -363,9 +374,7 @@ def token_attention(
                 G=size,
                 BM=block_m,
                 BN=block_n,
-                num_warps=8 if half else 4,
-                num_stages=2,
-                maxnreg=128 if half else None,
+                **options,
             )
             _merge[(triton.cdiv(length, 32), some)](
                 part,
@@ -401,14 +410,14 @@ def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
     }
     bins = {"BINS": 2**size, "BT": _TILE}
     launches: list[tuple[Any, dict[str, Any], int]] = [
-        (_choices, {"G": size, "BT": _TILE, "BG": _COLUMNS // size}, 4),
+        (_choices, {"G": size, "BT": 128, "BG": _COLUMNS // size}, 4),
         (_count, bins, 4),
         (_place, bins, 4),
         (_attend, {"D": depth, "G": size, "BM": 128, "BN": 64}, 8),
         (_merge, {"D": depth, "BT": 32, "FIRST": True, "LAST": True}, 4),
         (_merge, {"D": depth, "BT": 32, "FIRST": False, "LAST": False}, 4),
     ]
-    attend = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
+    attend = {name: SETTING[name] for name in ("num_warps", "num_stages")}
     return [
         Specimen(
             f"{kernel.__name__} {dtype} D={depth} G={size}",
@@ -422,4 +431,4 @@ def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
     ]
 
 
-SPECIMENS = [*_specimens(64, "fp16", 8), *_specimens(128, "bf16", 1)]
+SPECIMENS = [*_specimens(64, "fp16", 4), *_specimens(128, "bf16", 1)]

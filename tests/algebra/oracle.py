@@ -51,20 +51,15 @@ def variance(k, tokens):
 
 def scores(q, k, v, queries, keys, scale, bias):
     """score_ij over the blocks given; -inf for a key block without a valid key."""
-    table = []
-    for block in queries:
-        centre = mean(q, block)
-        row = []
-        for tokens in keys:
-            if not tokens:
-                row.append(-math.inf)
-                continue
-            score = scale * float(centre @ mean(k, tokens))
-            if bias:
-                score += math.log(float(covariance(k, v, tokens).norm()) + 1e-5)
-            row.append(score)
-        table.append(row)
-    return table
+    extra = [math.log(float(covariance(k, v, t).norm()) + 1e-5) if bias else 0.0 for t in keys]
+    means = [mean(k, tokens) for tokens in keys]
+    return [
+        [
+            scale * float(mean(q, block) @ means[j]) + extra[j] if tokens else -math.inf
+            for j, tokens in enumerate(keys)
+        ]
+        for block in queries
+    ]
 
 
 def topk(table, density):
@@ -100,12 +95,142 @@ def with_text(code, num_queries, num_keys):
     return rows + [[EXACT] * num_keys for _ in range(num_queries - len(rows))]
 
 
+def probe(q, k, queries, keys, scale, rest="centroid", weight="second"):
+    """e_ij = Σ_m |exp(s q̄_i·k_m) - w_ij|, each row over its largest term."""
+    k_mean, var = [mean(k, t) for t in keys], [variance(k, t) for t in keys]
+    table = []
+    for block in queries:
+        centre = mean(q, block)
+        row, terms = [], []
+        for j, tokens in enumerate(keys):
+            exact = (scale * (k[tokens] @ centre)).exp().tolist()
+            instead = 0.0
+            if tokens and rest != "drop":
+                logit = scale * float(centre @ k_mean[j]) + correction(
+                    centre, var[j], scale, rest, weight
+                )
+                instead = math.exp(logit)
+                terms.append(instead)
+            terms += exact
+            row.append(sum(abs(value - instead) for value in exact))
+        table.append([error / max(terms, default=1.0) for error in row])
+    return table
+
+
+def within(table, keys, density):
+    """Blocks by falling error for each key, while the keys fit the budget; at least one."""
+    budget = math.floor(density * sum(map(len, keys)))
+    code = []
+    for row in table:
+        some = [j for j, tokens in enumerate(keys) if tokens]
+        order = sorted(some, key=lambda j: -row[j] / len(keys[j]))
+        taken, chosen = 0, []
+        for j in order:
+            taken += len(keys[j])
+            if taken > budget:
+                break
+            chosen.append(j)
+        chosen = chosen or order[:1]
+        code.append([EXACT if j in chosen else REST for j in range(len(keys))])
+    return code
+
+
+def selection(q, k, tokens, blocks, valid, threshold, scope, mode):
+    """The blocks that each of some query tokens selects by its gate: rows of bools."""
+    keys = only_valid(blocks, valid)
+    own = {n: j for j, block in enumerate(blocks) for n in block}
+    full = [j for j, block in enumerate(keys) if block]
+    means = [mean(k, block) for block in keys]
+    gate = {(n, j): float(q[n] @ means[j]) for n in tokens for j in full}
+    chosen = {(n, own[n]) for n in tokens}
+    if gate:
+        low, high = min(gate.values()), max(gate.values())
+        gate = {pair: (value - low) / ((high - low) or 1.0) for pair, value in gate.items()}
+    groups = [list(gate)]
+    if scope == "token":
+        groups = [[(n, j) for j in full] for n in tokens]
+    for group in groups:
+        worth = {pair: gate[pair] if mode == "threshold" else 1.0 for pair in group}
+        wanted = threshold * sum(worth.values())
+        if mode == "topk":
+            wanted = max(1, math.floor(wanted + 1e-9))
+        have = sum(worth[pair] for pair in group if pair in chosen)
+        for pair in sorted(group, key=lambda pair: -gate[pair]):
+            if pair in chosen:
+                continue
+            if have >= wanted:
+                break
+            chosen.add(pair)
+            have += worth[pair]
+    return [[(n, j) in chosen for j in range(len(blocks))] for n in tokens]
+
+
+def sampled(tokens):
+    """A quarter of the tokens: the middle one of as many equal stretches."""
+    count = -(-len(tokens) // 4)
+    return [tokens[(2 * i + 1) * len(tokens) // (2 * count)] for i in range(count)]
+
+
+def levels(q, k, queries, keys, scale, ratios, mode, caps=None, min_exact=0.0):
+    """PSA's level of every pair, by the importance of sampled tokens."""
+    every = [m for tokens in keys for m in sampled(tokens)]
+    full = [j for j, tokens in enumerate(keys) if tokens]
+    code = []
+    for row in queries:
+        importance = dict.fromkeys(full, 0.0)
+        for n in sampled(row) if every else ():
+            share = (scale * (k[every] @ q[n])).softmax(0).tolist()
+            share = dict(zip(every, share, strict=True))
+            for j in full:
+                importance[j] += sum(share[m] for m in sampled(keys[j]))
+        total, before, line = sum(importance.values()), 0.0, [0] * len(keys)
+        for rank, j in enumerate(sorted(full, key=lambda j: -importance[j])):
+            place = before / total if mode == "threshold" else rank / len(full)
+            level = next(
+                (p for p, bound in zip((1, 2, 4, 8), ratios, strict=True) if place < bound), 0
+            )
+            level = 1 if rank / len(full) < min_exact else level
+            while caps and level > 1 and not alike(k, keys[j], level, caps[level]):
+                level //= 2
+            line[j] = level
+            before += importance[j]
+        code.append(line)
+    return code
+
+
+def alike(k, tokens, level, cap):
+    cosines = [
+        float(torch.cosine_similarity(k[a], k[b], dim=0))
+        for i in range(0, len(tokens), level)
+        for a, b in zip(tokens[i : i + level], tokens[i + 1 : i + level], strict=False)
+    ]
+    return not cosines or sum(cosines) / len(cosines) >= cap
+
+
+def correction(query, var, scale, rest, weight):
+    """What `moment` adds to the logarithm of a weight."""
+    if rest != "moment":
+        return 0.0
+    half = scale**2 * float((query**2 * var).sum()) / 2
+    return math.log1p(half) if weight == "second" else half
+
+
+def pooled(x, tokens, level):
+    """Means of ``level`` consecutive tokens, and how many each is of."""
+    groups = [tokens[i : i + level] for i in range(0, len(tokens), level)]
+    counts = torch.tensor([len(group) for group in groups], dtype=x.dtype)
+    if level == 1:
+        return x[tokens], counts
+    return torch.stack([x[group].mean(0) for group in groups]), counts
+
+
 def attend(
     q, k, v, queries, keys, code, scale, rest="drop", taylor=None, weight="second", video=None
 ):
-    """Output ``[L, D]`` and lse ``[L]`` by the table of rests.
+    """Output ``[L, D]`` and lse ``[L]`` by the table of rests and the definition of levels.
 
-    ``keys`` hold valid tokens only; the first ``video`` of them are video blocks.
+    ``keys`` hold valid tokens only; the first ``video`` of them are video blocks. A code above 0
+    is a level: so many consecutive keys are averaged into one, and 1 is exact.
     """
     video = len(keys) if video is None else video
     length, depth = q.shape
@@ -113,34 +238,37 @@ def attend(
     lse = torch.full((length,), -math.inf, dtype=torch.float64)
     k_mean, v_mean = [mean(k, t) for t in keys], [mean(v, t) for t in keys]
     var = [variance(k, t) for t in keys]
-    cov = [covariance(k, v, t) for t in keys]
+    first = rest in ("taylor", "moment") and taylor is not None
+    cov = [covariance(k, v, t) for t in keys] if first else []
     for i, block in enumerate(queries):
-        exact = [m for j, tokens in enumerate(keys) if code[i][j] == EXACT for m in tokens]
+        parts = [(tokens, code[i][j]) for j, tokens in enumerate(keys) if tokens and code[i][j] > 0]
+        if parts:
+            k_found, counts = zip(*(pooled(k, *part) for part in parts), strict=True)
+            v_found, _ = zip(*(pooled(v, *part) for part in parts), strict=True)
+            k_found, v_found, bias = torch.cat(k_found), torch.cat(v_found), torch.cat(counts).log()
         left = [j for j, tokens in enumerate(keys) if code[i][j] == REST and tokens]
         left = [] if rest == "drop" else left
         for n in block:
-            logits = [scale * float(q[n] @ k[m]) for m in exact]
-            weights = []
-            for j in left:
-                logit = scale * float(q[n] @ k_mean[j])
-                if rest == "moment":
-                    sigma2 = scale**2 * float((q[n] ** 2 * var[j]).sum())
-                    logit += math.log(1 + sigma2 / 2) if weight == "second" else sigma2 / 2
-                weights.append(logit)
+            logits = (scale * (k_found @ q[n]) + bias).tolist() if parts else []
+            weights = [
+                scale * float(q[n] @ k_mean[j]) + correction(q[n], var[j], scale, rest, weight)
+                for j in left
+            ]
             if not logits and not weights:
                 continue
             peak = max(logits + weights)
             top = torch.zeros(v.shape[1], dtype=torch.float64)
             bottom = 0.0
-            for m, logit in zip(exact, logits, strict=True):
-                top += math.exp(logit - peak) * v[m]
-                bottom += math.exp(logit - peak)
+            if logits:
+                exact = (torch.tensor(logits, dtype=q.dtype) - peak).exp()
+                top += exact @ v_found
+                bottom += float(exact.sum())
             g = 0.0
             for j, logit in zip(left, weights, strict=True):
                 w = math.exp(logit - peak)
                 top += w * len(keys[j]) * v_mean[j]
                 g += w * len(keys[j])
-            if rest in ("taylor", "moment") and taylor and left:
+            if first and left:
                 over = range(video) if taylor == "global" else left
                 tokens = sum(len(keys[j]) for j in over)
                 total = sum(

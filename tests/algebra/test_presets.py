@@ -12,9 +12,10 @@ from dit_accel.rest import Centroid, Drop, Moment, Taylor
 from dit_accel.route import Everything, PooledScore
 
 
-def test_pisas_defaults_are_the_papers():
+def test_pisas_defaults_are_the_papers_but_for_the_query_blocks():
     method = presets.pisa()
-    assert method.layout == Gilbert(64)
+    assert method.layout == Gilbert(64, 128)
+    assert presets.pisa(block_q=64).layout == Gilbert(64, 64)
     assert method.route == PooledScore("topk", 0.15, bias=True)
     assert method.rest == Taylor("global")
     assert method.schedule == Schedule()
@@ -25,7 +26,7 @@ def test_pisas_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("options", "attribute", "value"),
     [
-        ({"layout": "raster", "block_size": 32}, "layout", Raster(32)),
+        ({"layout": "raster", "block_size": 32}, "layout", Raster(32, 64)),
         ({"layout": "tile3d"}, "layout", Tile3D((4, 4, 4))),
         ({"layout": "tile3d", "block_size": 128}, "layout", Tile3D((4, 4, 8))),
         ({"layout": "cyclic"}, "layout", Cyclic()),
@@ -153,6 +154,35 @@ def test_the_catalogue_tells_what_a_listing_needs():
     for row in rows.values():
         if row.name != "dense":
             assert {"dense_steps", "dense_layers"} <= set(row.options)
+
+
+SIGNATURES = {
+    "svg_ear": {
+        "density": 0.22,
+        "q_clusters": None,
+        "k_clusters": None,
+        "layout": "kmeans",
+        "block_size": 64,
+        "rest": "centroid",
+    },
+    "psa": {
+        "ratios": None,
+        "mode": "threshold",
+        "block_q": 128,
+        "block_k": 64,
+        "layout": "gilbert",
+        "sample": "stride",
+        "similarity_cap": False,
+    },
+    "vmoba": {"threshold": 0.25, "scope": "head", "mode": "threshold", "rest": "drop"},
+    "flashblock": {"inner": "pisa", "refresh": 5, "layers": None, "budget_gib": None},
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_options_and_defaults_that_others_rely_on(name):
+    options = presets.get(name).options
+    assert {key: options[key].default for key in SIGNATURES[name]} == SIGNATURES[name]
 
 
 def test_a_new_method_is_one_function_and_one_row(monkeypatch):

@@ -7,7 +7,6 @@ import torch
 
 import dit_accel
 from dit_accel import InputError, presets
-from dit_accel.eval.bench_attention import structured_inputs
 from dit_accel.kernels.block_attention import batched, block_attention, reference
 from dit_accel.pyramid import CAPS, RATIOS, Pyramid
 from dit_accel.types import Context, Geometry
@@ -18,32 +17,6 @@ GRID = (3, 5, 7)
 def inputs(seed=0, batch=2, heads=2, length=105, depth=6, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(3, batch, heads, length, depth, generator=generator, dtype=dtype)
-
-
-def pooled(x, tokens, level):
-    """Means of ``level`` consecutive tokens, and how many each is of."""
-    groups = [tokens[i : i + level] for i in range(0, len(tokens), level)]
-    return [(x[group].mean(0), len(group)) for group in groups]
-
-
-def attend(q, k, v, queries, keys, code, scale):
-    """One head by the definition: out ``[L, D]`` and lse ``[L]``."""
-    out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:1], -torch.inf, dtype=q.dtype)
-    for i, row in enumerate(queries):
-        rows_k, rows_v, bias = [], [], []
-        for j, tokens in enumerate(keys):
-            if code[i][j] > 0:
-                for (key, count), (value, _) in zip(
-                    pooled(k, tokens, code[i][j]), pooled(v, tokens, code[i][j]), strict=True
-                ):
-                    rows_k.append(key)
-                    rows_v.append(value)
-                    bias.append(math.log(count))
-        for n in row if rows_k else ():
-            logits = scale * (torch.stack(rows_k) @ q[n]) + torch.tensor(bias, dtype=q.dtype)
-            out[n], lse[n] = logits.softmax(0) @ torch.stack(rows_v), logits.logsumexp(0)
-    return out, lse
 
 
 class Blocks:
@@ -91,7 +64,7 @@ def test_pooled_levels_follow_the_definition(oracle, monkeypatch, backend, padde
     for b in range(2):
         keep = [True] * 61 if valid is None else valid[b].tolist()
         for h in range(2):
-            wanted = attend(
+            wanted = oracle.attend(
                 q[b, h],
                 k[b, h],
                 v[b, h],
@@ -104,54 +77,14 @@ def test_pooled_levels_follow_the_definition(oracle, monkeypatch, backend, padde
             torch.testing.assert_close(lse[b, h], wanted[1], rtol=0, atol=1e-12)
 
 
-def sampled(tokens):
-    """A quarter of the tokens: the middle one of as many equal stretches."""
-    count = -(-len(tokens) // 4)
-    return [tokens[(2 * i + 1) * len(tokens) // (2 * count)] for i in range(count)]
-
-
-def levels(q, k, queries, keys, scale, ratios, mode, cap):
-    """The code of one head by the definition."""
-    every = [m for tokens in keys for m in sampled(tokens)]
-    full = [j for j, tokens in enumerate(keys) if tokens]
-    code = []
-    for row in queries:
-        importance = dict.fromkeys(full, 0.0)
-        for n in sampled(row):
-            share = (scale * (k[every] @ q[n])).softmax(0).tolist()
-            share = dict(zip(every, share, strict=True))
-            for j in full:
-                importance[j] += sum(share[m] for m in sampled(keys[j]))
-        total, before, line = sum(importance.values()), 0.0, [0] * len(keys)
-        for rank, j in enumerate(sorted(full, key=lambda j: -importance[j])):
-            place = before / total if mode == "threshold" else rank / len(full)
-            level = next(
-                (p for p, bound in zip((1, 2, 4, 8), ratios, strict=True) if place < bound), 0
-            )
-            while cap and level > 1 and not alike(k, keys[j], level):
-                level //= 2
-            line[j] = level
-            before += importance[j]
-        code.append(line)
-    return code
-
-
-def alike(k, tokens, level):
-    cosines = [
-        float(torch.cosine_similarity(k[a], k[b], dim=0))
-        for i in range(0, len(tokens), level)
-        for a, b in zip(tokens[i : i + level], tokens[i + 1 : i + level], strict=False)
-    ]
-    return not cosines or sum(cosines) / len(cosines) >= CAPS[level]
-
-
 @pytest.mark.parametrize("cap", [False, True])
+@pytest.mark.parametrize("least", [0.0, 0.3])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("mode", "ratios"),
     [("threshold", RATIOS["wan-14b"]), ("topk", RATIOS["4-step"]), ("topk", (0.0, 0.3, 0.3, 0.9))],
 )
-def test_the_whole_method_follows_the_equations(oracle, mode, ratios, padded, cap):
+def test_the_whole_method_follows_the_equations(oracle, mode, ratios, padded, least, cap):
     q, k, v = inputs(3)
     q, k = q * 2, k * torch.linspace(0.3, 2, 105).view(1, 1, -1, 1) + (2.0 if cap else 0.0)
     valid = None
@@ -159,7 +92,7 @@ def test_the_whole_method_follows_the_equations(oracle, mode, ratios, padded, ca
         valid = torch.rand(2, 105, generator=torch.Generator().manual_seed(5)) < 0.8
     ctx = Context(Geometry(GRID, key_valid=valid))
     method = presets.psa(
-        ratios=ratios, mode=mode, block_q=20, block_k=9, similarity_cap=cap, layout="gilbert"
+        ratios=ratios, mode=mode, block_q=20, block_k=9, similarity_cap=cap, min_exact=least
     )
     out, report = method(q, k, v, ctx, scale=0.5)
     blocked = method.layout(q, k, v, ctx, 0.5)
@@ -169,9 +102,11 @@ def test_the_whole_method_follows_the_equations(oracle, mode, ratios, padded, ca
         for h in range(2):
             queries = oracle.lists(blocked.queries, b, h)
             keys = oracle.only_valid(oracle.lists(blocked.keys, b, h), keep)
-            wanted = levels(q[b, h], k[b, h], queries, keys, 0.5, ratios, mode, cap)
+            wanted = oracle.levels(
+                q[b, h], k[b, h], queries, keys, 0.5, ratios, mode, CAPS if cap else None, least
+            )
             assert code[b, h].tolist() == wanted
-            result, _ = attend(q[b, h], k[b, h], v[b, h], queries, keys, wanted, 0.5)
+            result, _ = oracle.attend(q[b, h], k[b, h], v[b, h], queries, keys, wanted, 0.5)
             torch.testing.assert_close(out[b, h], result, rtol=0, atol=1e-11)
             exact = sum(
                 len(rows) * len(columns)
@@ -245,24 +180,6 @@ def test_chunks_of_the_importance_do_not_matter(monkeypatch):
     )
 
 
-def test_a_pyramid_beats_keep_or_drop():
-    """The paper's claim: at equal cost, coarse keys for many blocks beat exact ones for a few."""
-    grid = (4, 16, 16)
-    for seed in range(4):
-        q, k, v = structured_inputs(grid, 2, 32, seed=seed)
-        dense = dit_accel.attention(q, k, v, "dense", grid=grid)
-        # keys a row computes: 10% + 20%/2 + 20%/4 + 50%/8 of them, or 31% and nothing else
-        error = {}
-        for name, ratios in (
-            ("pyramid", (0.1, 0.3, 0.5, 1.0)),
-            ("keep", (0.3125, 0.3125, 0.3125, 0.3125)),
-        ):
-            method = presets.psa(ratios=ratios, mode="topk", block_q=64, block_k=32)
-            out = dit_accel.attention(q, k, v, method, grid=grid)
-            error[name] = float((out - dense).norm() / dense.norm())
-        assert error["pyramid"] < 0.9 * error["keep"]
-
-
 def test_the_published_settings():
     assert presets.psa().route.ratios == (0.4, 0.5, 0.6, 0.8)
     assert presets.psa(mode="topk").route.ratios == (0.05, 0.15, 0.25, 0.5)
@@ -280,6 +197,7 @@ def test_bad_options_are_told():
         ({"ratios": (0.4, 0.5, 0.6, 1.8)}, "expected four rising bounds in"),
         ({"ratios": "wan14b"}, r"got 'wan14b' \(did you mean 'wan-14b'\?\)"),
         ({"mode": "rank"}, "mode: expected threshold | topk"),
+        ({"min_exact": 1.5}, "min_exact: expected float >= 0, <= 1"),
         ({"block_q": 0}, "block_q: expected int >= 1"),
     ):
         with pytest.raises(InputError, match=message):

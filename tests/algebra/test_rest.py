@@ -166,31 +166,6 @@ def test_report_counts_pairs_one_by_one(oracle):
     torch.testing.assert_close(got.head_density, got.exact_pairs / got.all_pairs.double())
 
 
-def test_a_better_rest_is_closer_to_dense():
-    """On keys spread around their block's mean: each refinement has to earn its keep."""
-    generator = torch.Generator().manual_seed(0)
-    grid = (4, 8, 8)
-    place = torch.stack(
-        torch.meshgrid(
-            *(torch.linspace(-1, 1, n, dtype=torch.float64) for n in grid), indexing="ij"
-        ),
-        -1,
-    ).view(-1, 3)
-    waves = torch.randn(3, 16, generator=generator, dtype=torch.float64) * 1.5
-    q = k = (place @ waves).sin().view(1, 1, 256, 16) * 1.3
-    v = (place @ waves.flip(1)).cos().view(1, 1, 256, 16)
-    ctx = Context(Geometry(grid))
-    made = Tile3D((2, 4, 4))(q, k, v, ctx, None)
-    plan = PooledScore(density=0.125, bias=False)(made, Drop(), ctx)
-    dense = direct(made, Everything()(made, Drop(), ctx), ctx)
-
-    def error(rest):
-        return float((attend(made, plan, rest, ctx).out - dense.out).norm() / dense.out.norm())
-
-    drop, centroid, second = error(Drop()), error(Centroid()), error(Moment("second", None))
-    assert second < centroid < drop
-
-
 def test_summary_is_computed_once_and_only_what_is_asked_for(monkeypatch):
     import dit_accel.layout as layout
 

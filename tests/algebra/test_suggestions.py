@@ -36,7 +36,7 @@ def test_every_suggestion_makes_a_method_and_names_its_source(model):
 
 def test_settings_are_the_papers():
     wan = presets.for_model("Wan-AI/Wan2.1-T2V-14B-Diffusers")
-    assert wan["pisa"].build() == presets.pisa(density=0.15, block_size=64)
+    assert wan["pisa"].build() == presets.pisa(density=0.15, block_size=64, block_q=64)
     ear = wan["svg_ear"].build()
     assert (ear.layout.q_clusters, ear.layout.k_clusters) == (300, 1000)
     assert ear.schedule.dense_steps == 0.2

@@ -1,7 +1,5 @@
 """VMoBA against its equations: gates of query tokens, global and local selection."""
 
-import math
-
 import pytest
 import torch
 
@@ -20,35 +18,6 @@ def inputs(seed=0, batch=2, heads=2, length=60, depth=6, dtype=torch.float64):
     return torch.randn(3, batch, heads, length, depth, generator=generator, dtype=dtype)
 
 
-def selection(oracle, q, k, blocks, valid, threshold, scope, mode):
-    """Which blocks every token selects, by loops: bool [n][N] as lists."""
-    keys = oracle.only_valid(blocks, valid)
-    own = {n: j for j, tokens in enumerate(blocks) for n in tokens}
-    full = [j for j, tokens in enumerate(keys) if tokens]
-    gate = {(n, j): float(q[n] @ oracle.mean(k, keys[j])) for n in range(q.shape[0]) for j in full}
-    chosen = {(n, own[n]) for n in range(q.shape[0])}
-    if gate:
-        low, high = min(gate.values()), max(gate.values())
-        gate = {pair: (value - low) / ((high - low) or 1.0) for pair, value in gate.items()}
-    groups = [list(gate)]
-    if scope == "token":
-        groups = [[pair for pair in gate if pair[0] == n] for n in range(q.shape[0])]
-    for group in groups:
-        worth = {pair: gate[pair] if mode == "threshold" else 1.0 for pair in group}
-        wanted = threshold * sum(worth.values())
-        if mode == "topk":
-            wanted = max(1, math.floor(wanted + 1e-9))
-        have = sum(worth[pair] for pair in group if pair in chosen)
-        for pair in sorted(group, key=lambda pair: -gate[pair]):
-            if pair in chosen:
-                continue
-            if have >= wanted:
-                break
-            chosen.add(pair)
-            have += worth[pair]
-    return [[(n, j) in chosen for j in range(len(blocks))] for n in range(q.shape[0])]
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("mode", ["threshold", "topk"])
 @pytest.mark.parametrize("scope", ["head", "token"])
@@ -65,19 +34,8 @@ def test_the_route_follows_the_equations(oracle, layer, scope, mode, padded):
     for b in range(2):
         keep = [True] * 60 if valid is None else valid[b].tolist()
         for h in range(2):
-            wanted = selection(oracle, q[b, h], k[b, h], blocks, keep, 0.3, scope, mode)
+            wanted = oracle.selection(q[b, h], k[b, h], range(60), blocks, keep, 0.3, scope, mode)
             assert plan.select[b, h].tolist() == wanted
-
-
-def exact(q, k, v, select, blocks, scale):
-    out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:1], -torch.inf, dtype=q.dtype)
-    for n in range(q.shape[0]):
-        tokens = [m for j, block in enumerate(blocks) if select[n][j] for m in block]
-        if tokens:
-            logits = scale * (k[tokens] @ q[n])
-            out[n], lse[n] = logits.softmax(0) @ v[tokens], logits.logsumexp(0)
-    return out, lse
 
 
 @pytest.mark.parametrize("workspace", [reference.WORKSPACE_BYTES, 1])
@@ -106,7 +64,9 @@ def test_attention_follows_the_equations(oracle, monkeypatch, padded, workspace)
         keep = [True] * 60 if valid is None else valid[b].tolist()
         for h in range(2):
             blocks = oracle.only_valid(oracle.lists(Blocks, b, h), keep)
-            wanted = exact(q[b, h], k[b, h], v[b, h], select[b, h].tolist(), blocks, 0.7)
+            each = [[n] for n in range(60)]  # every token is a block of queries by itself
+            code = select[b, h].int().tolist()
+            wanted = oracle.attend(q[b, h], k[b, h], v[b, h], each, blocks, code, 0.7)
             torch.testing.assert_close(out[b, h], wanted[0], rtol=0, atol=1e-12)
             torch.testing.assert_close(lse[b, h], wanted[1], rtol=0, atol=1e-12)
     assert (out[0, 0, 3] == 0).all()

@@ -258,3 +258,24 @@ def test_the_console_script_is_this():
         check=True,
     )
     assert "2602.01077" in done.stdout
+
+
+def test_figure_of_plans(cli, tmp_path):
+    from PIL import Image
+
+    words = ["figure", "plans", "--out", "plans.png", "--step", "1", "--earlier", "1", *QUICK]
+    code, _, err = cli(*words, "--method", "pisa", "--method", "vmoba")
+    assert (code, "written" in err) == (0, True)
+    with Image.open("plans.png") as sheet:
+        assert sheet.size[0] == 1824
+    for more, message in (
+        ([], "plans.png"),
+        (["--force", "--head", "99"], "head: expected one of 4, from 0, got 99"),
+        (["--force", "--method", "piza"], "did you mean 'pisa'"),
+        (["--force", "--earlier", "2"], "earlier: expected 1 to 1 steps"),
+        (["--force", "--out", "plans.jpg"], "out: expected a name that ends in .png"),
+    ):
+        code, _, err = cli(*words, *more)
+        assert code == 2
+        assert message in err
+        assert len(err.strip().splitlines()) == 1

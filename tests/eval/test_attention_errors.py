@@ -6,8 +6,8 @@ import torch
 from dit_accel import Context, Method, presets
 from dit_accel.eval import attention_maps, fields
 from dit_accel.eval.attention_errors import means, replay, selected_share
+from dit_accel.eval.calls import solved
 from dit_accel.eval.candidates import candidates, combination_names
-from dit_accel.eval.capture import solved
 from dit_accel.layout import Gilbert, Raster
 from dit_accel.rest import Drop, Taylor
 from dit_accel.route import Everything, PooledScore

@@ -193,3 +193,36 @@ def test_named_never_falls_back():
             k_offsets=keys.offsets,
             backend="triton",
         )
+
+
+@pytest.mark.parametrize("backend", ["reference", "batched", "triton"])
+def test_on_top_of_other_keys(backend):
+    q, k, v, queries, keys, code, valid = shared.problem(
+        batch=2, heads=1, length=33, depth=16, dtype=torch.float32
+    )
+    code = code.abs()
+    rest = 1 - code
+    whole = shared.run(q, k, v, queries, keys, torch.ones_like(code), valid, backend="reference")
+    others = shared.run(q, k, v, queries, keys, rest, valid, backend="reference")
+    got = shared.run(q, k, v, queries, keys, code, valid, onto=others, backend=backend)
+    for mine, wanted in zip(got, whole, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pooled_levels(masked, dtype):
+    q, k, v, queries, keys, code, valid = shared.problem(
+        batch=2, heads=2, length=75, depth=16, nk=5, dtype=dtype
+    )
+    generator = torch.Generator().manual_seed(1)
+    kinds = torch.tensor([0, 1, 2, 4, 8], dtype=torch.int8)
+    code = kinds[torch.randint(0, 5, code.shape, generator=generator)]
+    valid = valid if masked else None
+
+    def run(backend, q, k, v):
+        return shared.run(q, k, v, queries, keys, code, valid, backend=backend)
+
+    exact, low, got = both(run, q, q, k, v)
+    no_worse(got[0], low[0], exact[0], dtype)
+    no_worse(got[1], low[1], exact[1], dtype)

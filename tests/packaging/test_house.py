@@ -65,14 +65,14 @@ def test_arrows_run_one_way(path):
 
 def test_one_implementation_does_not_import_another():
     for path in (ROOT / "kernels").rglob("*.py"):
-        if path.name in ("reference.py", "batched.py", "triton.py"):
+        if path.name in ("reference.py", "batched.py", "triton.py", "hopper.py"):
             for name in imported(path):
                 assert not set(name.split(".")) & {"reference", "batched"}, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_short(path):
-    limit = 600 if path.name == "triton.py" else 400
+    limit = 600 if path.name in ("triton.py", "hopper.py") else 400
     assert len(path.read_text().splitlines()) <= limit
 
 

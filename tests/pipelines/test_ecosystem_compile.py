@@ -11,9 +11,11 @@ from dit_accel.pipelines import session_of
 
 METHODS = {
     "pisa": {"density": 0.25, "block_size": 4},
+    "pisa by step": {"density": {0: 1.0, 0.4: 0.5, 0.7: 0.25}, "block_size": 4},
     "svg_ear": {"q_clusters": 6, "k_clusters": 9, "density": 0.3},
     "psa": {"block_q": 4, "block_k": 8, "sample": "stride"},
     "vmoba": {"threshold": 0.3, "block_size": 4},
+    "dense": {"backend": "sdpa"},
     "flashblock": {"inner": "pisa", "density": 0.25, "block_size": 4, "refresh": 3},
 }
 
@@ -43,7 +45,8 @@ def test_no_step_makes_another_graph(zoo, graphs, method):
     """
     wan = zoo.FAMILIES["Wan"]
     pipe = wan.pipe()
-    dit_accel.accelerate(pipe, method, dense_steps=4, dense_layers=(1,), **METHODS[method])
+    schedule = {} if method == "dense" else {"dense_steps": 4, "dense_layers": (1,)}
+    dit_accel.accelerate(pipe, method.split()[0], **METHODS[method], **schedule)
     wanted = wan.go(pipe, 12, **wan.guided)
     before = session_of(pipe).log
     densities, layers = before.by_step, before.by_layer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_accel import Context, Geometry, InputError
-from dit_accel.eval import capture
+from dit_accel.eval import calls
 
 
 def oracle(q, k, v, valid=None):
@@ -22,7 +22,7 @@ def call():
     valid = torch.rand(1, q.shape[2], generator=generator) > 0.2
     where = Geometry((3, 4, 5), slice(60, 67), valid)
     ctx = Context(where, step=4, num_steps=9, layer=2, num_layers=3, branch="transformer/cond")
-    return capture.solved(q, k, v, ctx)
+    return calls.solved(q, k, v, ctx)
 
 
 def test_the_result_is_dense_attention(call):
@@ -32,7 +32,7 @@ def test_the_result_is_dense_attention(call):
 
 
 def test_a_call_survives_the_disk(call, tmp_path):
-    again = capture.load(capture.save(call, tmp_path))
+    again = calls.load(calls.save(call, tmp_path))
     for name in ("q", "k", "v", "out", "lse"):
         assert torch.equal(getattr(again, name), getattr(call, name)), name
     assert torch.equal(again.ctx.geometry.key_valid, call.ctx.geometry.key_valid)
@@ -40,17 +40,17 @@ def test_a_call_survives_the_disk(call, tmp_path):
         assert getattr(again.ctx, name) == getattr(call.ctx, name)
     assert (again.ctx.geometry.grid, again.ctx.geometry.text) == ((3, 4, 5), slice(60, 67))
     assert again.scale == call.scale
-    assert capture.layers_in(tmp_path) == (2,)
-    assert capture.steps_in(tmp_path) == (4,)
+    assert calls.layers_in(tmp_path) == (2,)
+    assert calls.steps_in(tmp_path) == (4,)
 
 
 def test_layers_and_steps_by_text():
-    assert capture.chosen_layers("auto", 30) == (0, 15, 29)
-    assert capture.chosen_layers("-1,0", 6) == (0, 5)
-    assert capture.chosen_steps("all", 3) == (0, 1, 2)
-    assert capture.chosen_steps("auto", 20) == (0, 1, 6, 7, 12, 13, 18, 19)
-    assert capture.chosen_steps("auto", 1) == (0,)
+    assert calls.chosen_layers("auto", 30) == (0, 15, 29)
+    assert calls.chosen_layers("-1,0", 6) == (0, 5)
+    assert calls.chosen_steps("all", 3) == (0, 1, 2)
+    assert calls.chosen_steps("auto", 20) == (0, 1, 6, 7, 12, 13, 18, 19)
+    assert calls.chosen_steps("auto", 1) == (0,)
     with pytest.raises(InputError, match="numbers from -6 to 5, got 6"):
-        capture.chosen_layers("6", 6)
+        calls.chosen_layers("6", 6)
     with pytest.raises(InputError, match="expected auto, all or a list"):
-        capture.chosen_steps("some", 6)
+        calls.chosen_steps("some", 6)

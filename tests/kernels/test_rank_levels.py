@@ -1,0 +1,55 @@
+"""Levels by rank against a loop, and the kernel, interpreted, against both."""
+
+import pytest
+import torch
+
+from dit_accel.kernels.rank_levels import rank_levels
+
+pytest.importorskip("triton")
+
+
+def by_loop(score, worth, bounds, inclusive):
+    levels = torch.zeros(score.shape, dtype=torch.int8)
+    for b in range(score.shape[0]):
+        for h in range(score.shape[1]):
+            for i in range(score.shape[2]):
+                line = score[b, h, i].tolist()
+                value = worth[b, h, min(i, worth.shape[2] - 1)].tolist()
+                limits = bounds[b, 0, min(i, bounds.shape[2] - 1)].tolist()
+                total = 0.0
+                for j in sorted(range(len(line)), key=lambda j: -line[j]):
+                    if line[j] == float("-inf"):
+                        continue
+                    reach = total + value[j]
+                    levels[b, h, i, j] = sum(
+                        reach <= limit if inclusive else total < limit for limit in limits
+                    )
+                    total = reach
+    return levels
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("inclusive", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+def test_levels_follow_the_ranking(ties, inclusive, backend):
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(2, 2, 3, 37, generator=generator)
+    if ties:
+        score = score.round()
+    score[..., 5] = -torch.inf
+    score[1, 1, 2] = -torch.inf
+    # whole numbers, so that sums are exact in fp32
+    worth = torch.randint(0, 9, (2, 2, 1 if inclusive else 3, 37), generator=generator)
+    worth = worth if inclusive else worth.float()
+    bounds = torch.tensor([0.0, 30.0, 31.0, 1e9]).expand(2, 1, 1, -1)
+    got = rank_levels(score, worth, bounds, inclusive=inclusive, backend=backend)
+    assert torch.equal(got, by_loop(score, worth, bounds, inclusive))
+    assert got.unique().numel() >= 3
+
+
+def test_what_does_not_fit_is_told():
+    score = torch.zeros(1, 1, 2, 3)
+    with pytest.raises(ValueError, match=r"worth: expected \[1\|1, 1\|1, 2\|1, 3\]"):
+        rank_levels(score, score[..., :2], score)
+    with pytest.raises(ValueError, match="fp32, not"):
+        rank_levels(score.double(), score, score, backend="triton")
