@@ -48,20 +48,22 @@ class Watch:
     """The clock of a device: on a GPU an event in its stream, so that the host never waits."""
 
     def __init__(self, device: torch.device | str) -> None:
-        self._cuda = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
 
     def now(self) -> Stamp:
         """This moment."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        # the device need not be the current one
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def wait(self) -> None:
         """Until the device has done everything that it was told."""
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
 
     @staticmethod
     def seconds(start: Stamp, stop: Stamp) -> float:

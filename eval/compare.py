@@ -239,7 +239,7 @@ def _notes(old: Run, new: Run, stores: Iterable[Store]) -> tuple[str, ...]:
 
 def table(comparison: Comparison, measures: Mapping[str, Measure], *, every: bool = False) -> Table:
     """What changed, a row a variant and measure; ``every`` shows the rest as well."""
-    made = Table(title=f"{comparison.before} -> {comparison.after}; [95% interval]")
+    made = Table(title=f"{comparison.before} -> {comparison.after}; with 95% intervals")
     for heading in ("variant", "measure", "before", "after", "difference", "n", "q", ""):
         made.add_column(
             heading, justify="left" if heading in ("variant", "measure", "") else "right"
@@ -250,12 +250,12 @@ def table(comparison: Comparison, measures: Mapping[str, Measure], *, every: boo
         measure = measures[change.measure]
         difference: Any = "n/a"
         if change.difference is not None:
-            difference = export.told(Figure(change.difference, change.low, change.high, 0), 4)
+            difference = export.told(Figure(change.difference, change.low, change.high, 0), ".4g")
         made.add_row(
             change.variant,
             measure.title + (f" ({measure.unit})" if measure.unit else ""),
-            export.told(replace(change.before, low=None, high=None), 4),
-            export.told(replace(change.after, low=None, high=None), 4),
+            export.told(replace(change.before, low=None, high=None), ".4g"),
+            export.told(replace(change.after, low=None, high=None), ".4g"),
             difference,
             str(change.count),
             "" if change.q is None else f"{change.q:.3g}",

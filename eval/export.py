@@ -17,8 +17,8 @@ from dit_accel.eval.store import Store, parse
 from dit_accel.pipelines import media
 
 _COLUMNS = (
-    ("density", 3), ("psnr", 1), ("ssim", 3), ("latent_error", 3), ("kid", 3), ("kid_dense", 3),
-    ("all_three", 2), ("speedup", 2), ("attention_speedup", 2), ("seconds", 1),
+    ("density", ".3f"), ("psnr", ".1f"), ("latent_error", ".2g"), ("kid_dense", ".2g"),
+    ("all_three", ".2f"), ("speedup", ".2f"), ("seconds", ".1f"),
 )  # fmt: skip
 
 
@@ -77,32 +77,37 @@ def as_csv(summary: Summary) -> str:
     return text.getvalue()
 
 
-def told(figure: Figure | None, digits: int = 2) -> str:
-    """A figure for a table: value and interval."""
+def told(figure: Figure | None, spec: str = ".2f", between: str = " ") -> str:
+    """A figure for a table: value and interval, with something between."""
     if figure is None:
         return "n/a"
     if math.isinf(figure.value):
         return "equal" if figure.value > 0 else "n/a"
     if figure.low is None or figure.high is None:
-        return f"{figure.value:.{digits}f}"
-    return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+        return f"{figure.value:{spec}}"
+    value, low, high = (f"{x:{spec}}" for x in (figure.value, figure.low, figure.high))
+    return f"{value}{between}{low}..{high}"
 
 
 def table(summary: Summary) -> Table:
     """What to look at first, a row a variant."""
-    made = Table(title="against dense attention, same prompts and seeds; [95% interval]")
+    made = Table(
+        title="against dense attention, same prompts and seeds; below a figure its 95% interval",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     made.add_column("", overflow="fold")
     shown = [
-        (name, digits)
-        for name, digits in _COLUMNS
+        (name, spec)
+        for name, spec in _COLUMNS
         if any(name in variant.figures for variant in summary.variants)
     ]
     made.add_column("n", justify="right")
     for name, _ in shown:
         measure = summary.measures[name]
-        unit = f" ({measure.unit})" if measure.unit else ""
-        made.add_column(measure.title + unit, justify="right", overflow="fold")
+        unit = f"\n({measure.unit})" if measure.unit else ""
+        made.add_column(measure.title + unit, justify="right", no_wrap=True)
     for variant in summary.variants:
-        cells = [told(variant.figures.get(name), digits) for name, digits in shown]
+        cells = [told(variant.figures.get(name), spec, "\n") for name, spec in shown]
         made.add_row(variant.slug, str(variant.samples), *cells)
     return made

@@ -64,6 +64,7 @@ class VariantSummary:
         breakdown: seconds of one sample, by part, median over the samples.
         each: by the measure's name, then by the sample's name (``0000-seed``), the single values
             that a figure was made of. A distribution has none.
+        by_frame: ``psnr``, ``ssim`` and ``lpips`` of every frame, mean over the samples.
     """
 
     slug: str
@@ -79,6 +80,7 @@ class VariantSummary:
     attention_seconds: dict[int, float]
     breakdown: dict[str, float]
     each: dict[str, dict[str, float]] = field(default_factory=dict)
+    by_frame: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,13 @@ def rank_of_environment() -> Rank:
     return Rank(number, count, local)
 
 
+def settle(device: str) -> None:
+    """Make a GPU the current one, so that nothing of this process comes to lie on another."""
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a run stands.
@@ -172,6 +179,7 @@ def _worker(root: str, number: int, count: int, gpus: int, threads: int) -> None
     store = Store(root)
     settings = store.run().settings
     device = f"cuda:{number % gpus}" if gpus else settings.device
+    settle(device)
     work(store, settings, load_for(settings, device), Rank(number, count, number))
 
 

@@ -49,9 +49,15 @@ class _Notes:
     def __init__(self) -> None:
         self.each: dict[str, dict[Key, float]] = {}
         self.absent: dict[str, str] = {}
+        self.frames: dict[str, list[list[float]]] = {}
 
     def add(self, name: str, key: Key, value: float) -> None:
         self.each.setdefault(name, {})[key] = value
+
+    def add_frames(self, name: str, key: Key, values: list[float]) -> None:
+        """The mean over the frames, and each of them."""
+        self.add(name, key, sum(values) / len(values))
+        self.frames.setdefault(name, []).append(values)
 
     def lack(self, names: Iterable[str], reason: str) -> None:
         for name in names:
@@ -132,14 +138,17 @@ def _fidelity(
     latents: Tensor,
     dense_frames: Tensor,
     dense_latents: Tensor,
-    lpips: Callable[[Tensor, Tensor], float] | str,
+    lpips: Callable[[Tensor, Tensor], list[float]] | str,
 ) -> None:
+    each = fidelity.psnr_by_frame(frames, dense_frames)
+    notes.add_frames("psnr", key, each)
+    # of all frames together, as it is told elsewhere
     notes.add("psnr", key, fidelity.psnr(frames, dense_frames))
-    notes.add("psnr_worst_frame", key, min(fidelity.psnr_by_frame(frames, dense_frames)))
-    notes.add("ssim", key, fidelity.ssim(frames, dense_frames))
+    notes.add("psnr_worst_frame", key, min(each))
+    notes.add_frames("ssim", key, fidelity.ssim_by_frame(frames, dense_frames))
     notes.add("latent_error", key, fidelity.latent_error(latents, dense_latents))
     if not isinstance(lpips, str):
-        notes.add("lpips", key, lpips(frames, dense_frames))
+        notes.add_frames("lpips", key, lpips(frames, dense_frames))
 
 
 def _alone(notes: _Notes, key: Key, frames: Tensor, sample: Sample) -> None:
@@ -300,6 +309,10 @@ def _variant(
         each={
             name: {key.name: value for key, value in values.items()}
             for name, values in notes.each.items()
+        },
+        by_frame={
+            name: tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
+            for name, rows in notes.frames.items()
         },
     )
 

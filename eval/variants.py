@@ -13,6 +13,7 @@ from dit_accel import presets
 from dit_accel.errors import InputError
 from dit_accel.eval.prompts import prompts_of
 from dit_accel.eval.samples import DENSE, Settings, Variant
+from dit_accel.options import plain
 from dit_accel.pipelines import embedded
 from dit_accel.pipelines.generate import Request, effective
 
@@ -120,8 +121,9 @@ def variants_of(
 
 def _variant(slug: str, method: str, given: Mapping[str, Any], model: str) -> Variant:
     full = embedded.options_for(model, method, given)
-    options = presets.build(method, **full).options
-    return Variant(slug, method, "method", dict(full), dict(options))
+    options = presets.build(method, **full).to_config()["options"]
+    # as they are after a trip through JSON, which other processes take
+    return Variant(slug, method, "method", {k: plain(v) for k, v in full.items()}, options)
 
 
 def floor_for(device: str, dtype: str) -> str:

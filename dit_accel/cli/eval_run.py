@@ -145,7 +145,7 @@ def _run(given: Mapping[str, Any]) -> None:
     quiet()
     from dit_accel.eval.features.extractor import extractor_of
     from dit_accel.eval.prompts import prompts_of
-    from dit_accel.eval.run import Group, rank_of_environment
+    from dit_accel.eval.run import Group, rank_of_environment, settle
     from dit_accel.eval.run import run as make
     from dit_accel.eval.variants import settings_of
     from dit_accel.pipelines import load
@@ -154,6 +154,7 @@ def _run(given: Mapping[str, Any]) -> None:
     extractor_of(given["features"], given["model"])
     rank = rank_of_environment()
     device = _device(given["device"], rank)
+    settle(device)
     with err.status(f"loading {given['model']}"):
         pipe = load(given["model"], dtype=chosen_dtype, device=device)
         pipe.set_progress_bar_config(disable=True)

@@ -81,8 +81,8 @@ def latent_error(latents: Tensor, dense: Tensor) -> float:
     return difference / size if size else (math.inf if difference else 0.0)
 
 
-def lpips() -> Callable[[Tensor, Tensor], float] | str:
-    """LPIPS on AlexNet, mean over the frames, arguments as in `psnr`; or why it cannot be had.
+def lpips() -> Callable[[Tensor, Tensor], list[float]] | str:
+    """LPIPS of every frame on AlexNet, arguments as in `psnr`; or why it cannot be had.
 
     Nothing is downloaded: the backbone's weights must lie in torch's hub folder already.
     """
@@ -91,17 +91,16 @@ def lpips() -> Callable[[Tensor, Tensor], float] | str:
     if not (Path(torch.hub.get_dir()) / "checkpoints" / _ALEXNET).is_file():
         return f"torchvision's AlexNet weights ({_ALEXNET}) are not in torch's hub folder"
 
-    def measure(frames: Tensor, dense: Tensor) -> float:
+    def measure(frames: Tensor, dense: Tensor) -> list[float]:
         _check(frames, dense)
-        each = [
-            learned_perceptual_image_patch_similarity(
-                one, other, net_type="alex", reduction="mean", normalize=True
+        return [
+            float(
+                learned_perceptual_image_patch_similarity(
+                    one, other, net_type="alex", normalize=True
+                )
             )
-            for one, other in zip(frames.split(8), dense.split(8), strict=True)
+            for one, other in zip(frames.split(1), dense.split(1), strict=True)
         ]
-        sizes = [len(part) for part in frames.split(8)]
-        total = sum(float(value) * size for value, size in zip(each, sizes, strict=True))
-        return total / sum(sizes)
 
     return measure
 

@@ -7,8 +7,9 @@ import torch
 from rich.console import Console
 
 from dit_accel import InputError, presets
-from dit_accel.eval import checker, fidelity, prompt_check, records
+from dit_accel.eval import checker, prompt_check, records
 from dit_accel.eval.contact_sheet import contact_sheet
+from dit_accel.eval.metrics import fidelity
 from dit_accel.pipelines.tiny_wan import scenes
 
 

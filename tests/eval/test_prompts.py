@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from dit_accel import InputError
+from dit_accel import InputError, presets
+from dit_accel.eval import records
 from dit_accel.eval.prompts import prompts_of, scene_of
 from dit_accel.eval.variants import Entry, entries_of, fingerprint, variants_of
 from dit_accel.pipelines.tiny_wan import scenes
@@ -92,6 +93,15 @@ def test_options_of_a_method_of_an_entry_and_of_the_model():
     assert (flat.options["layout"], flat.options["rest"]) == ("raster", "moment")
     assert flat.options["block_size"] == 16, "what tiny-wan suggests"
     assert flat.density == 0.2
+
+
+def test_options_survive_a_trip_through_json():
+    given = {"method": "pisa", "density": {0: 1.0, 0.5: 0.2}, "dense_layers": [0, -1]}
+    _, made = variants_of(entries_of([given]), (0.1,), {}, "m", None)
+    assert (made.slug, made.density) == ("pisa", None)
+    again = json.loads(records.dumps(made))["given"]
+    assert presets.build("pisa", **again) == presets.build("pisa", **made.given)
+    assert presets.build("pisa", **again).schedule.dense_layers == (0, -1)
 
 
 @pytest.mark.parametrize(

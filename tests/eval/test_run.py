@@ -1,7 +1,6 @@
 """Runs of a small random model, and one of the embedded model, from end to end."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_accel import InputError
+from dit_accel.cli import main
 from dit_accel.eval import export, instrument
 from dit_accel.eval.measure import load_for
 from dit_accel.eval.run import Group, Rank, outcome_of, rank_of_environment, run, share, work
@@ -149,6 +149,9 @@ def test_the_figures_of_a_run(store):
     assert floor.figures["latent_error"].value < pisa.figures["latent_error"].value
     assert pisa.figures["psnr"].low is None, "of two prompts no interval is given"
     assert pisa.figures["psnr"].count == 2
+    assert len(pisa.by_frame["psnr"]) == len(pisa.by_frame["ssim"]) == 5
+    worst = pisa.figures["psnr_worst_frame"].value
+    assert worst <= min(pisa.by_frame["psnr"])
     assert dense.absent["psnr"] == "it is the reference itself"
     assert dense.figures["speedup"].value == 1
     for name in ("lpips", "fid", "subject_consistency", "spatial_relation"):
@@ -242,12 +245,13 @@ def words(model, prompts, out):
     ]
 
 
-def test_a_killed_run_goes_on(small_model, prompts, tmp_path):
+def test_a_killed_run_goes_on(small_model, prompts, tmp_path, monkeypatch, capsys):
+    """Killed outright, and taken up by two processes."""
     out = tmp_path / "run"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     start = "from dit_accel.cli import main; main()"
     call = [sys.executable, "-c", start, *words(small_model, prompts, out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(call, env=environment, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(call, stderr=subprocess.DEVNULL)
     store, limit = Store(out), time.monotonic() + 300
     while not store.finished() and first.poll() is None and time.monotonic() < limit:
         time.sleep(0.02)
@@ -256,18 +260,16 @@ def test_a_killed_run_goes_on(small_model, prompts, tmp_path):
     there = store.finished()
     assert there
     before = {key: store.folder(key).stat().st_mtime_ns for key in there}
-    done = subprocess.run(
-        [*call, "--jobs", "2"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "6 of 6 samples" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["dit-accel", *call[3:], "--jobs", "2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert "6 of 6 samples" in capsys.readouterr().out
     assert {key: store.folder(key).stat().st_mtime_ns for key in there} == before
     assert not list(out.glob("samples/.parts/*"))
 
 
 def test_the_embedded_model(tmp_path, monkeypatch, capsys):
-    from dit_accel.cli import main
-
     monkeypatch.setenv("COLUMNS", "200")
     call = (
         "eval run --methods pisa --density 0.15 --limit 1 --steps 2 --frames 9 --height 64 "
