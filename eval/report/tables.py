@@ -116,7 +116,9 @@ def heat(summary: Summary, samples: Sequence[Sample]) -> list[dict[str, Any]]:
                 "joint": joint,
                 "steps": len(cells),
                 "layers": len(next(iter(cells.values()), {})),
-                "total": None if total is None else number(total.value, summary.measures["density"]),
+                "total": None
+                if total is None
+                else number(total.value, summary.measures["density"]),
                 "by_layer": plots.heatmap({0: variant.by_layer}, variant.slug)
                 if variant.by_layer and not joint
                 else "",
