@@ -98,7 +98,10 @@ def page(fake, tmp_path_factory):
     store = fake.fake_run(root, skip={("psa", 2)})
     calls = list(fields.synthetic((2, 4, 6), heads=2, depth=12, steps=2))
     (root / "attention/maps").mkdir(parents=True)
-    for name, method in (("pisa-0.15", presets.pisa(block_size=8)), ("psa", presets.psa())):
+    for name, method in (
+        ("pisa-0.15", presets.pisa(block_size=8, block_q=8)),
+        ("psa", presets.psa()),
+    ):
         made = attention_maps.maps(name, method, calls, {0, 1})
         attention_maps.save(made, root / "attention/maps")
     path = report.write(store, summarise(store, Choices("inception")), clips=2)
