@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,8 +132,6 @@ def test_what_was_cut_short_is_done_again(whole, study):
     [({"steps": 4}, "got steps 4"), ({"prompts": ("a",)}, "got others")],
 )
 def test_another_study_is_refused(whole, study, change, message):
-    from dataclasses import replace
-
     folder, _, _ = whole
     with pytest.raises(InputError, match=message):
         attention_study.run(replace(study, **change), chosen(), folder)
@@ -236,3 +235,25 @@ def test_the_command(saved, tmp_path):
             CliRunner().invoke(app, [*words, *change], catch_exceptions=False)
     with pytest.raises(InputError, match="expected a folder, or a --run"):
         CliRunner().invoke(app, ["eval", "attention"], catch_exceptions=False)
+
+
+def test_the_methods_of_a_run(saved, fake, tmp_path):
+    from dit_accel.cli.app import app
+    from dit_accel.eval.samples import Variant
+    from dit_accel.eval.store import Store
+
+    pisa = Variant("pisa-0.4", "pisa", "method", given={"density": 0.4, "block_size": 4})
+    settings = fake.settings(
+        variants=(Variant("dense", "dense", "dense"), pisa), frames=5, model=str(saved), steps=2
+    )
+    Store(tmp_path / "run").claim(replace(settings, height=64, width=48))
+    words = ["eval", "attention", "--run", str(tmp_path / "run"), "--synthetic", "0"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    folder = tmp_path / "run/attention"
+    found = attention_study.read(folder)
+    assert {name for name, _, _ in found.replays} == {"pisa-0.4"}
+    assert found.courses == {}, "no generations beside those of the run"
+    assert found.settings["prompts"] == [settings.prompts[0].text]
+    assert found.settings["study"]["height"] == 64
+    assert [path.name for path in (folder / "maps").iterdir()] == ["pisa-0.4.safetensors"]

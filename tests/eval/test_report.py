@@ -176,3 +176,26 @@ def test_runs_of_nothing_are_refused(fake, tmp_path):
         report.render(store, summary())
     with pytest.raises(InputError, match="clips: expected a positive integer"):
         report.render(store, summary(), clips=0)
+
+
+def test_the_command(fake, tmp_path):
+    from typer.testing import CliRunner
+
+    from dit_accel.cli.app import app
+
+    root = tmp_path / "run"
+    fake.fake_run(root)
+    words = ["eval", "report", str(root), "--clips", "1", "--features", "inception"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    names = {path.name for path in root.iterdir()}
+    assert {"report.html", "summary.json", "summary.csv"} <= names
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert len(data_of(page)["players"]["prompts"]) == 1
+    before = (root / "summary.json").read_bytes()
+    CliRunner().invoke(app, words[:3], catch_exceptions=False)
+    assert (root / "summary.json").read_bytes() == before, "finished figures are kept"
+    with pytest.raises(InputError, match="clips"):
+        CliRunner().invoke(app, [*words[:3], "--clips", "0"], catch_exceptions=False)
+    with pytest.raises(InputError, match=r"run\.json"):
+        CliRunner().invoke(app, ["eval", "report", str(tmp_path)], catch_exceptions=False)
