@@ -14,12 +14,12 @@ from dit_accel.attend import attend, dense, dense_pairs, report, with_prefix
 from dit_accel.density import Budget, check_layers, count_steps, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
-from dit_accel.layout import Layout, default_scale
+from dit_accel.layout import Blocked, Layout, default_scale
 from dit_accel.partial import Partial
 from dit_accel.recorder import span
 from dit_accel.rest import Rest
 from dit_accel.route import Route
-from dit_accel.types import Context, Report
+from dit_accel.types import Context, Plan, Report, TokenPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,16 @@ def is_among(option: str, layers: tuple[int, ...], ctx: Context) -> bool:
             "num_layers, or layers from 0 up"
         )
     return ctx.layer - ctx.num_layers in layers
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a call of a sparse method went through: blocks, plan, partial and report."""
+
+    blocked: Blocked
+    plan: Plan | TokenPlan
+    partial: Partial
+    report: Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +194,9 @@ class Method:
 
         It is not where a backend was chosen: then calling the method runs that.
         """
-        return self.backend is None and self._wants_all(ctx)
+        return self.backend is None and self.wants_all(ctx)
 
-    def _wants_all(self, ctx: Context) -> bool:
+    def wants_all(self, ctx: Context) -> bool:
         """Whether every pair is wanted: dense as such, by schedule, or by a share of 1 here."""
         if self.layout is None or self.schedule.is_dense(ctx):
             return True
@@ -210,7 +220,7 @@ class Method:
         Raises:
             InputError: the tensors do not fit each other or the geometry, or ask for gradients.
         """
-        if self._wants_all(ctx):
+        if self.wants_all(ctx):
             check_tensors(q, k, v, ctx)
             every = dense_pairs(q, ctx.geometry.key_valid, ctx.prefix)
             with span("attend"):
@@ -232,7 +242,7 @@ class Method:
                 gives no normaliser.
         """
         check_tensors(q, k, v, ctx)
-        if self.layout is None or self.route is None or self.rest is None or self._wants_all(ctx):
+        if self.layout is None or self.route is None or self.rest is None or self.wants_all(ctx):
             if self.backend is not None:
                 raise InputError(
                     "backend: expected none where keys stand beside the sequence, got "
@@ -247,6 +257,21 @@ class Method:
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "
                 "it under torch.no_grad()"
             )
+        call = self.trace(q, k, v, ctx, scale=scale)
+        return call.partial, call.report
+
+    def trace(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, *, scale: float | None = None
+    ) -> Trace:
+        """One call of a sparse method with all that came between, for those who study it.
+
+        Arguments as of a call; neither the schedule nor the tensors are looked at.
+
+        Raises:
+            InputError: the method is dense.
+        """
+        if self.layout is None or self.route is None or self.rest is None:
+            raise InputError(f"{self.name}: trace: expected a sparse method, got dense attention")
         with span("layout"):
             blocked = self.layout(q, k, v, ctx, default_scale(q, scale))
             needs = (*self.route.needs, *self.rest.needs)
@@ -262,8 +287,8 @@ class Method:
             partial = attend(blocked, plan, self.rest, ctx)
         if whole:
             every = dense_pairs(q, ctx.geometry.key_valid)
-            return partial, Report(every, every)
-        return partial, report(blocked, plan, ctx.prefix, computed)
+            return Trace(blocked, plan, partial, Report(every, every))
+        return Trace(blocked, plan, partial, report(blocked, plan, ctx.prefix, computed))
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None) -> Tensor:
         key_valid = ctx.geometry.key_valid

@@ -81,7 +81,7 @@ class Bench:
             media="",
             shape=(0, 0, 0, 0),
             seconds=Seconds(made.seconds, made.step_seconds, made.decode_seconds),
-            density=Density(made.density, made.by_step, made.by_layer),
+            density=Density(made.density, made.by_step, made.by_layer, made.by_cell),
             attention_seconds=recorder.layers("linear"),
             breakdown=recorder.parts(),
             peak_bytes=peak_bytes,

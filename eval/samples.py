@@ -171,11 +171,15 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Density:
-    """Exact pairs over all pairs of self-attention, measured: altogether and in parts."""
+    """Exact pairs over all pairs of self-attention, measured: altogether and in parts.
+
+    ``by_cell`` is by step, and then by layer.
+    """
 
     total: float
     by_step: dict[int, float]
     by_layer: dict[int, float]
+    by_cell: dict[int, dict[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

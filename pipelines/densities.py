@@ -58,6 +58,14 @@ class DensityLog:
         """Density of every layer."""
         return self.by(lambda record: record.layer)
 
+    @property
+    def by_cell(self) -> dict[int, dict[int, float]]:
+        """Density of every denoising step, layer by layer."""
+        found: dict[int, dict[int, float]] = {}
+        for (step, layer), value in self.by(lambda r: (r.step, r.layer)).items():
+            found.setdefault(step, {})[layer] = value
+        return found
+
     def by(self, key: Callable[[Record], Any]) -> dict[Any, float]:
         """Densities of groups of records."""
         groups: dict[Any, list[Record]] = {}

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Generation:
         by_step, by_layer: the same in parts.
         latents: the final ones, fp32 on the CPU, without the batch's dimension.
         step_latents: those after every step, if they were asked for.
+        by_cell: density of every step, layer by layer.
     """
 
     frames: Tensor
@@ -44,6 +45,7 @@ class Generation:
     by_layer: dict[int, float]
     latents: Tensor
     step_latents: tuple[Tensor, ...] = ()
+    by_cell: dict[int, dict[int, float]] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -53,6 +55,7 @@ def generate(
     on_step: Callable[[int, int], None] | None = None,
     *,
     keep_latents: bool = False,
+    on_latents: Callable[[int, Tensor], Tensor | None] | None = None,
 ) -> Generation:
     """Run a pipeline once.
 
@@ -61,6 +64,8 @@ def generate(
         request: what to generate.
         on_step: called after every step with how many are done, and of how many.
         keep_latents: also keep the latents after every step.
+        on_latents: called after every step with its number, from 0, and the latents it made; what
+            it returns takes their place, unless that is ``None``.
 
     Raises:
         InputError: the request does not fit the model.
@@ -75,7 +80,7 @@ def generate(
         if not marks:
             marks.append(watch.now())
 
-    def end(latent: Tensor) -> None:
+    def end(latent: Tensor) -> Tensor | None:
         marks.append(watch.now())
         if not keep_latents:
             latents.clear()
@@ -83,6 +88,7 @@ def generate(
         latents.append(latent[0].float().clone())
         if on_step is not None:
             on_step(len(marks) - 1, request.steps or 0)
+        return None if on_latents is None else on_latents(len(marks) - 2, latent)
 
     handles = [model.register_forward_pre_hook(begin) for model in models_of(pipe).values()]
     call = {
@@ -113,20 +119,29 @@ def generate(
         log.by_layer,
         latents[-1].cpu(),
         tuple(one.cpu() for one in latents) if keep_latents else (),
+        log.by_cell,
     )
 
 
 @contextmanager
-def _after_steps(scheduler: Any, done: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call ``done`` with the latents of every step; all pipelines step their scheduler, but not
-    all of them call back."""
+def _after_steps(scheduler: Any, done: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call ``done`` with the latents of every step, which go on as those that it returns, if any.
+
+    All pipelines step their scheduler, but not all of them call back.
+    """
     inner = scheduler.step
     own = "step" in vars(scheduler)
 
     @functools.wraps(inner)
     def step(*args: Any, **kwargs: Any) -> Any:
         made = inner(*args, **kwargs)
-        done(made[0] if isinstance(made, tuple) else made.prev_sample)
+        as_tuple = isinstance(made, tuple)
+        changed = done(made[0] if as_tuple else made.prev_sample)
+        if changed is None:
+            return made
+        if as_tuple:
+            return (changed, *made[1:])
+        made.prev_sample = changed
         return made
 
     scheduler.step = step

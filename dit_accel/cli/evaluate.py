@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from dit_accel.cli.eval_attention import attention
+from dit_accel.cli.eval_report import report
 from dit_accel.cli.eval_run import compare, run
 
 app = typer.Typer(help="Measure methods, always against dense attention in the same run.")
@@ -15,4 +17,6 @@ def root() -> None:
 
 
 app.command("run")(run)
+app.command("report")(report)
 app.command("compare")(compare)
+app.command("attention")(attention)

@@ -78,6 +78,8 @@ def test_the_wheel_holds_everything_under_one_name(wheel):
     assert tops == {"dit_accel", next(t for t in tops if t.endswith(".dist-info"))}
     assert {name for name in names if name.endswith(".py")} == sources()
     assert "dit_accel/py.typed" in names
+    for name in ("report.html.j2", "style.css", "script.js"):
+        assert f"dit_accel/eval/report/templates/{name}" in names
     weights = "dit_accel/pipelines/tiny_wan/weights/"
     wanted = {
         weights + str(path.relative_to(ROOT / "pipelines/tiny_wan/weights"))
