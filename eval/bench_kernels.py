@@ -1,6 +1,8 @@
-"""Single operations on a GPU: milliseconds, TFLOP/s, GB/s and memory.
+"""Single operations, and whole calls of methods, on a GPU: milliseconds, TFLOP/s, GB/s and memory.
 
-    python -m dit_accel.eval.bench_kernels --ops error_probe,kmeans --shapes wan14b --out run.json
+    dit-accel bench kernels --ops dense,methods,error_probe --shapes wan14b --out run.json
+
+(``python -m dit_accel.eval.bench_kernels`` is the same, and needs neither diffusers nor rich.)
 
 Every operation is checked first, in the dtype that is timed, and one that is wrong is not timed.
 TFLOP/s and GB/s count what the operation cannot do without (`kernel_cases.Case`), and stand beside
@@ -23,9 +25,13 @@ import torch
 
 from dit_accel.eval.kernel_cases import CASES, SHAPES, Case, Shape, inputs
 from dit_accel.eval.kernel_checks import CHECKS
+from dit_accel.eval.method_cases import check_methods, method_cases
 from dit_accel.eval.peak_memory import cuda_peak
 from dit_accel.eval.records import dumps, signed
 
+ALL_CASES = {**CASES, "methods": method_cases}
+ALL_CHECKS = {**CHECKS, "methods": check_methods}
+"""Operations, and whole calls of methods."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -91,11 +97,12 @@ def measure(case: Case, device: str, budget_ms: float) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as text, columns aligned."""
-    head = ("operation", "shape", "case", "ms", "TFLOP/s", "GB/s", "MiB", "host waits", "note")
+    numbers = ("ms", "dense / ms", "TFLOP/s", "GB/s", "MiB")
+    head = ("operation", "shape", "case", *numbers, "host waits", "note")
     lines = [head]
     for row in rows:
         if "error" in row:
-            lines.append((row["op"], row["shape"], row.get("case", ""), *[""] * 5, row["error"]))
+            lines.append((row["op"], row["shape"], row.get("case", ""), *[""] * 6, row["error"]))
             continue
         memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         lines.append(
@@ -104,6 +111,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 row["shape"],
                 row["case"],
                 f"{row['ms']:.3f}",
+                f"{row['speedup']:.2f}" if "speedup" in row else "",
                 f"{row['tflops']:.0f}",
                 f"{row['gbs']:.0f}",
                 memory,
@@ -114,7 +122,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = [
         "  ".join(
-            cell.rjust(width) if 3 <= i <= 6 else cell.ljust(width)
+            cell.rjust(width) if 3 <= i <= 7 else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -149,10 +157,10 @@ def run(
     wrong: dict[tuple[str, int], str] = {}
     for op in operations:
         for depth in {SHAPES[name].head_dim for name in shapes}:
-            if op not in CHECKS:
+            if op not in ALL_CHECKS:
                 continue
             try:
-                CHECKS[op](DTYPES[dtype], depth, device)
+                ALL_CHECKS[op](DTYPES[dtype], depth, device)
                 say(f"{op}, D={depth}: correct")
             except Exception as error:  # whatever it is, the other operations go on
                 wrong[op, depth] = f"not timed: {type(error).__name__}: {error}"
@@ -166,7 +174,7 @@ def run(
                 found["rows"].append(where | {"error": wrong[op, shape.head_dim]})
                 continue
             try:
-                for case in CASES[op](shape, parts):
+                for case in ALL_CASES[op](shape, parts):
                     row = where | {"case": case.name}
                     try:
                         row |= measure(case, device, budget_ms)
@@ -179,19 +187,28 @@ def run(
                 say(traceback.format_exc())
             if device == "cuda":
                 torch.cuda.empty_cache()
+        _compare([row for row in found["rows"] if row["shape"] == name])
     return found
+
+
+def _compare(rows: Sequence[dict[str, Any]]) -> None:
+    """Set beside every method how many times faster it is than the fastest dense of the shape."""
+    dense = [row["ms"] for row in rows if row["op"] == "dense" and "ms" in row]
+    for row in rows:
+        if dense and row["op"] == "methods" and "ms" in row:
+            row["speedup"] = min(dense) / row["ms"]
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ops", default=",".join(CHECKS), help=f"of {', '.join(CASES)}")
+    parser.add_argument("--ops", default=",".join(ALL_CHECKS), help=f"of {', '.join(ALL_CASES)}")
     parser.add_argument("--shapes", default="wan14b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--budget-ms", type=float, default=200.0, help="of calls, for each row")
     parser.add_argument("--out", type=Path, help="write the rows there, as JSON")
     given = parser.parse_args(words)
-    for name, known, some in (("ops", CASES, given.ops), ("shapes", SHAPES, given.shapes)):
+    for name, known, some in (("ops", ALL_CASES, given.ops), ("shapes", SHAPES, given.shapes)):
         for word in some.split(","):
             if word not in known:
                 parser.error(f"--{name}: expected some of {', '.join(known)}, got {word!r}")

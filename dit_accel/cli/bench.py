@@ -59,3 +59,56 @@ def attention(
     out.print(bench_attention.render(result))
     if target is not None:
         media.write_text(target, records.dumps(records.signed(result.to_dict())))
+
+
+@app.command()
+def kernels(
+    ops: Annotated[
+        str, typer.Option(help="Operations, methods, and dense attention to compare with.")
+    ] = "dense,methods",
+    shapes: Annotated[
+        str, typer.Option(help="Of wan14b, wan1.3b, hunyuan, flux.")
+    ] = "wan14b,wan1.3b,hunyuan,flux",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cuda, or cpu for what runs there.")] = "cuda",
+    budget_ms: Annotated[float, typer.Option(help="Of calls, for each row.")] = 200.0,
+    target: Annotated[Path | None, typer.Option("--out", help="Also write JSON there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Time operations and whole calls of methods at the shapes of real models, on a GPU.
+
+    Everything is checked first, and what is wrong is not timed.
+    """
+    import torch
+
+    from dit_accel.errors import InputError
+    from dit_accel.eval import bench_kernels, records
+    from dit_accel.eval.kernel_cases import SHAPES
+    from dit_accel.pipelines import media
+
+    for name, known, given in (
+        ("ops", bench_kernels.ALL_CASES, ops),
+        ("shapes", SHAPES, shapes),
+        ("dtype", bench_kernels.DTYPES, dtype),
+    ):
+        for word in given.split(","):
+            if word not in known:
+                raise InputError(f"{name}: expected some of {', '.join(known)}, got {word!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: expected one that is here, got 'cuda' without CUDA")
+    if target is not None:
+        media.check_writable(target, force=force)
+    with torch.inference_mode():
+        found = bench_kernels.run(
+            ops.split(","),
+            shapes.split(","),
+            dtype=dtype,
+            device=device,
+            budget_ms=budget_ms,
+            say=lambda text: err.print(text, highlight=False, markup=False),
+        )
+    out.print(bench_kernels.table(found["rows"]), highlight=False, markup=False, soft_wrap=True)
+    if target is not None:
+        media.write_text(target, records.dumps(records.signed(found)))
+    if any("error" in row for row in found["rows"]):
+        raise typer.Exit(1)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dit_accel.eval.kernel_checks import CHECKS
+from dit_accel.eval.bench_kernels import ALL_CHECKS as CHECKS
+from dit_accel.eval.method_cases import check_methods
 
 
 @pytest.mark.gpu
@@ -12,3 +13,7 @@ from dit_accel.eval.kernel_checks import CHECKS
 @pytest.mark.parametrize("operation", CHECKS)
 def test_kernels_are_right(operation, dtype, depth):
     CHECKS[operation](dtype, depth, "cuda")
+
+
+def test_methods_are_dense_at_full_density():
+    check_methods(torch.float32, 16, "cpu")

@@ -1,0 +1,93 @@
+"""Whole attention calls of methods, as `bench_kernels` times them: layout, route and the order
+restored, and what is kept from the step before where a method keeps something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from dit_accel import presets
+from dit_accel.eval.kernel_cases import Case, Shape, inputs
+from dit_accel.kernels.dense_attention import dense_attention
+from dit_accel.method import Method
+from dit_accel.state import State
+from dit_accel.types import Context, Geometry
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "pisa": lambda: presets.pisa(density=0.15),
+    "pisa, 64 queries a block": lambda: presets.pisa(density=0.15, block_q=64),
+    "pisa, moment": lambda: presets.pisa(density=0.15, rest="moment"),
+    "pisa, drop": lambda: presets.pisa(density=0.15, rest="drop"),
+    "svg_ear": lambda: presets.svg_ear(density=0.22),
+    "psa": lambda: presets.psa(),
+    "vmoba": lambda: presets.vmoba(threshold=0.25),
+    "flashblock": lambda: presets.flashblock(inner="pisa", density=0.15),
+}
+"""The settings that are timed."""
+_FULL: dict[str, Callable[[], Method]] = {
+    "pisa": lambda: presets.pisa(density=1.0),
+    "pisa, moment": lambda: presets.pisa(density=1.0, rest="moment"),
+    "svg_ear": lambda: presets.svg_ear(density=1.0),
+    "psa": lambda: presets.psa(ratios=(1.0, 1.0, 1.0, 1.0)),
+    "vmoba": lambda: presets.vmoba(threshold=1.0),
+    "flashblock": lambda: presets.flashblock(inner="pisa", density=0.15),
+}
+_LAYERS = {"vmoba": (0, 1, 2)}
+"""Layers that a method treats differently; one of any other."""
+
+
+def method_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
+    """Every method, in a step after its first, with its density and its error to dense."""
+    q, k, v = parts
+    exact = dense_attention(q, k, v).float()
+    pairs = 4.0 * q.shape[1] * q.shape[2] ** 2 * q.shape[3]
+    moved = 4.0 * q.numel() * q.element_size()
+    for name, make in METHODS.items():
+        for layer in _LAYERS.get(name, (0,)):
+            method, state = make(), State()
+
+            def context(step: int, layer: int = layer, state: State = state) -> Context:
+                where = shape.context.geometry
+                return Context(where, step=step, num_steps=50, layer=layer, state=state)
+
+            method(q, k, v, context(0))
+            out, report = method(q, k, v, context(1))
+            error = float((out.float() - exact).norm() / exact.norm())
+            density = report.density
+            del out
+            yield Case(
+                f"{name}{f', layer {layer}' if name in _LAYERS else ''}",
+                lambda method=method, now=context(1): method(q, k, v, now),  # type: ignore[misc]
+                pairs * density,
+                moved,
+                f"density {density:.3f}, error {error:.3f}",
+            )
+
+
+def check_methods(dtype: torch.dtype, depth: int, device: str) -> None:
+    """At full density every method is dense attention, within twice the error of dense attention
+    in this dtype, on ragged blocks beside text and padding.
+
+    Raises:
+        AssertionError: one is not.
+    """
+    shape = Shape((5, 9, 13), 2, 12, depth)
+    q, k, v = (x.expand(2, -1, -1, -1) for x in inputs(shape, dtype, device, seed=1))
+    valid = torch.ones(2, shape.tokens, dtype=torch.bool, device=device)
+    valid[1, -5:] = False
+    video = math.prod(shape.grid)
+    where = Geometry(shape.grid, slice(video, shape.tokens), valid)
+    exact = dense_attention(q.double(), k.double(), v.double(), key_valid=valid)
+    low = dense_attention(q, k, v, key_valid=valid)
+    bound = 2 * float((low - exact).abs().max()) + 4 * torch.finfo(dtype).eps
+    for name, make in _FULL.items():
+        for layer in _LAYERS.get(name, (0,)):
+            out, _ = make()(q, k, v, Context(where, layer=layer, state=State()))
+            worst = float((out - exact).abs().max())
+            if not worst <= bound:
+                raise AssertionError(
+                    f"{name}: expected dense attention within {bound:.2g}, got {worst:.2g}"
+                )
