@@ -32,7 +32,7 @@ class Specimen:
         signature: Triton's type of every argument that is no constant, such as ``"*bf16"``.
         constants: of all others.
         options: of the launch, such as ``num_warps``.
-        least: the oldest architecture that it is for.
+        least, most: the oldest and the newest architecture that it is for.
         aligned: integers that Triton finds divisible by 16 at launch, as strides mostly are.
     """
 
@@ -42,6 +42,7 @@ class Specimen:
     constants: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     least: int = 80
+    most: int = max(ARCHITECTURES)
     aligned: tuple[str, ...] = ()
 
 
@@ -140,7 +141,7 @@ def main(words: list[str]) -> int:
         if named and operation not in named:
             continue
         for architecture in wanted or ARCHITECTURES:
-            if architecture < specimen.least:
+            if not specimen.least <= architecture <= specimen.most:
                 continue
             usage = compile_for(specimen, architecture)
             print(

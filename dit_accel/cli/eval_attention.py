@@ -131,8 +131,7 @@ def attention(
     for table in attention_tables.render(summary):
         # numbers cut short are none: a narrow terminal wraps them
         wide = table.__rich_measure__(out, out.options.update(width=1000)).maximum
-        out.width = max(out.width, wide)
-        out.print(table)
+        out.print(table, width=max(out.width, wide), no_wrap=True, crop=False, soft_wrap=True)
     err.print(f"written  {target}", highlight=False, soft_wrap=True)
 
 

@@ -572,7 +572,7 @@ def _specimen(dtype: str, depth: int, box: int, weight: int, first_order: bool) 
     names = attend_kernel.arg_names
     signature |= {n: "i32" for n in names if n not in signature and n not in constants}
     name = f"attend {dtype} D{depth} box {box} weight {weight}{' first order' * first_order}"
-    return Specimen(name, attend_kernel, signature, constants, LAUNCH, least=90)
+    return Specimen(name, attend_kernel, signature, constants, LAUNCH, least=90, most=90)
 
 
 LAUNCH = {"num_warps": 4, "maxnreg": 168}

@@ -56,6 +56,8 @@ def why_not(
         return "needs a CUDA device, and there is none"
     if q is None or k is None or v is None or torch.compiler.is_compiling():
         return None
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes tensors of dtype fp16 or bf16, got {q.dtype}"
     kind, can_use = _TORCH[backend]
     given = SDPAParams(q, k, v, None, 0.0, False, False)
     with sdpa_kernel([kind]):

@@ -9,11 +9,11 @@ from dit_accel import Context, Geometry, State, presets
 GRID = (3, 5, 7)
 RASTER = {
     "custom": {"block_size": 8},
-    "pisa": {"block_size": 8},
+    "pisa": {"block_size": 8, "block_q": 8},
     "svg_ear": {"block_size": 8},
     "psa": {"block_q": 8, "block_k": 8},
     "vmoba": {"block_size": 8},
-    "flashblock": {"block_size": 8},
+    "flashblock": {"block_size": 8, "block_q": 8},
 }
 
 

@@ -54,7 +54,8 @@ def test_nobody_listens_by_default():
         ("dense", {}, {"attend"}),
         ("pisa", {"block_size": 8}, {"layout", "route", "attend"}),
         ("psa", {"block_q": 8, "block_k": 8}, {"layout", "route", "attend"}),
-        ("flashblock", {"block_size": 8}, {"layout", "route", "attend", "merge"}),
+        ("flashblock", {"block_size": 8}, {"layout", "route", "attend"}),
+        ("flashblock", {"inner": "vmoba"}, {"layout", "route", "attend", "merge"}),
     ],
 )
 def test_methods_tell_their_parts(name, options, parts):

@@ -16,7 +16,15 @@ from dit_accel.kernels.dense_attention import (
 )
 
 HERE = [
-    name if why_not(name) is None else pytest.param(name, marks=pytest.mark.gpu)
+    name
+    if why_not(name) is None
+    else pytest.param(
+        name,
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.is_available(), reason=f"{name}: {why_not(name)}"),
+        ],
+    )
     for name in BACKENDS
 ]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
