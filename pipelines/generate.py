@@ -87,7 +87,9 @@ def generate(
         # solvers may write into what they returned
         latents.append(latent[0].float().clone())
         if on_step is not None:
-            on_step(len(marks) - 1, request.steps or 0)
+            # block diffusion takes all steps for every chunk
+            total = getattr(pipe, "num_timesteps", None) or request.steps or 0
+            on_step(len(marks) - 1, total)
         return None if on_latents is None else on_latents(len(marks) - 2, latent)
 
     handles = [model.register_forward_pre_hook(begin) for model in models_of(pipe).values()]

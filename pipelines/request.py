@@ -125,6 +125,19 @@ def _area(pipe: Any, request: Request) -> dict[str, Any]:
     return {"max_area": (request.height or own) * (request.width or own)}
 
 
+def _chunks(pipe: Any, request: Request) -> dict[str, Any]:
+    """Block diffusion is told its chunks; those of the checkpoint fit one length only."""
+    own = list(next(iter(models_of(pipe).values())).config.chunk_partition)
+    assert request.frames is not None
+    left = (request.frames - 1) // pipe.vae_scale_factor_temporal + 1
+    if left == sum(own):
+        return {}
+    chunks = [min(own[0], left)]
+    while sum(chunks) < left:
+        chunks.append(min(max(own), left - sum(chunks)))
+    return {"chunk_partition": chunks}
+
+
 def _wan(name: str, *, image: bool = False) -> Kind:
     return Kind(
         name,
@@ -167,6 +180,7 @@ _TABLE: Final = {
         _wan("WanPipeline"),
         _wan("WanImageToVideoPipeline", image=True),
         _wan("WanVACEPipeline"),
+        replace(_wan("AnyFlowFARPipeline"), more=_chunks),
         _hunyuan("HunyuanVideoPipeline"),
         _hunyuan("HunyuanVideoImageToVideoPipeline", image=True),
         _hunyuan15("HunyuanVideo15Pipeline"),

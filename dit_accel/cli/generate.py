@@ -208,4 +208,4 @@ def _run(pipe: Any, request: Request, bars: Any, name: str) -> Generation:
     from dit_accel.pipelines.generate import generate as run
 
     task = bars.add_task(name, total=request.steps)
-    return run(pipe, request, lambda done, total: bars.update(task, completed=done))
+    return run(pipe, request, lambda done, total: bars.update(task, completed=done, total=total))

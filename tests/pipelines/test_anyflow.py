@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import json
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from diffusers.models.transformers.transformer_anyflow_far import (
 
 import dit_accel
 from dit_accel import InputError, presets
+from dit_accel.cli import main
 from dit_accel.flashblock import partial_bytes
 from dit_accel.pipelines import load, processor, session_of
 from dit_accel.pipelines.anyflow import AnyFlowProcessor
@@ -344,3 +347,20 @@ def test_a_compiled_transformer_is_refused(pipe, method, how):
     if how != "blocks":
         pipe.transformer = plain
         assert torch.equal(go(pipe), stock)
+
+
+@pytest.mark.parametrize(("frames", "chunks"), [(9, 3), (11, 4), (21, 6)])
+def test_the_command_line_generates(directory, tmp_path, monkeypatch, capsys, frames, chunks):
+    """Also another number of frames than that of the checkpoint's chunks, which are cut anew."""
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "a red circle moves right", "--model", str(directory), "--steps", "2"]
+    words += ["--method", "flashblock", "--set", "inner=dense", "--set", "refresh=2"]
+    words += ["--height", "64", "--width", "96", "--frames", str(frames), "--guidance", "1"]
+    monkeypatch.setattr(sys, "argv", ["dit-accel", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0, capsys.readouterr().err
+    record = json.loads((tmp_path / "clip.json").read_text())
+    assert record["frames"] == frames
+    assert len(record["seconds"]["steps"]) == 2 * chunks
+    assert 0 < record["density"] < 1
