@@ -14,22 +14,6 @@ PROMPT = "a red circle moves right over a blue background"
 QUICK = ["--steps", "2", "--frames", "5", "--height", "64", "--width", "64"]
 
 
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder: ``cli(*words)`` returns code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dit-accel", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return ended.value.code, told.out, told.err
-
-    return run
-
-
 def test_generate_writes_a_clip_and_its_record(cli, tmp_path):
     code, out, _ = cli("generate", PROMPT, "--method", "pisa", "--seed", "3", *QUICK)
     assert code == 0

@@ -3,14 +3,12 @@
 import inspect
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dit_accel import InputError, Method, presets
-from dit_accel.cli import main
 from dit_accel.cli.generate import generate
 from dit_accel.density import ByStep
 
@@ -22,22 +20,6 @@ CONFIG = {
     "options": {"density": {0: 1.0, 0.5: 0.25}, "layout": {"name": "tile3d", "tile": [2, 4, 4]}},
     "generate": {"prompt": PROMPT, "seed": 3, "out": "a.gif", "guidance": 4, **QUICK},
 }
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder: ``cli(*words)`` returns code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dit-accel", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return ended.value.code, told.out, told.err
-
-    return run
 
 
 @pytest.fixture

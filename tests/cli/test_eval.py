@@ -1,26 +1,12 @@
 """``dit-accel eval``, as a user meets it."""
 
-import sys
-
 import pytest
-
-from dit_accel.cli import main
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder: ``cli(*words)`` returns code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dit-accel", "eval", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return ended.value.code, told.out, told.err
-
-    return run
+def evaluate(cli):
+    """``dit-accel eval ...``."""
+    return lambda *words: cli("eval", *words)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +29,12 @@ def cli(capsys, monkeypatch, tmp_path):
         (["--config", "none.yaml"], "config: expected YAML in 'none.yaml'"),
     ],
 )
-def test_bad_input_is_told_before_anything_is_loaded(cli, monkeypatch, tmp_path, words, message):
+def test_bad_input_is_told_before_anything_is_loaded(
+    evaluate, monkeypatch, tmp_path, words, message
+):
     monkeypatch.setattr("dit_accel.pipelines.load", lambda *a, **k: pytest.fail("loaded"))
     out = ["--out", "run"] if words else []
-    code, _, err = cli("run", *out, *words)
+    code, _, err = evaluate("run", *out, *words)
     assert code == 2
     assert message in err
     assert err.count("\n") == 1, err
@@ -61,13 +49,13 @@ def asked(monkeypatch):
     return found
 
 
-def test_options_in_yaml(cli, asked, tmp_path):
+def test_options_in_yaml(evaluate, asked, tmp_path):
     (tmp_path / "run.yaml").write_text(
         "methods: [pisa, {method: pisa, name: flat, layout: raster}]\n"
         "density: [0.1, 0.2]\nset: {pisa: {rest: moment}}\nout: runs/first\nsteps: 7\n"
         "negative-prompt: none of it\n"
     )
-    code, _, err = cli("run", "--config", "run.yaml", "--steps", "3", "--density", "0.3")
+    code, _, err = evaluate("run", "--config", "run.yaml", "--steps", "3", "--density", "0.3")
     assert code == 0, err
     assert asked["methods"] == ["pisa", {"method": "pisa", "name": "flat", "layout": "raster"}]
     assert asked["density"] == "0.3", "the command line comes first"
@@ -87,18 +75,18 @@ def test_options_in_yaml(cli, asked, tmp_path):
         ("a: [", "config: expected YAML"),
     ],
 )
-def test_yaml_that_does_not_fit(cli, asked, tmp_path, text, message):
+def test_yaml_that_does_not_fit(evaluate, asked, tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
-    code, _, err = cli("run", "--config", "run.yaml", "--out", "x")
+    code, _, err = evaluate("run", "--config", "run.yaml", "--out", "x")
     assert code == 2
     assert message in err
     assert not asked
 
 
-def test_compare(cli, tmp_path):
-    code, _, err = cli("compare", "a", "b")
+def test_compare(evaluate, tmp_path):
+    code, _, err = evaluate("compare", "a", "b")
     assert code == 2
     assert "expected a folder with a run.json, got 'a'" in err
-    code, out, _ = cli("compare", "--help")
+    code, out, _ = evaluate("compare", "--help")
     assert code == 0
     assert "beyond noise" in out

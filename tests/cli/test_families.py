@@ -1,13 +1,10 @@
 """``dit-accel generate`` with a checkpoint of every family."""
 
 import json
-import sys
 
 import imageio.v2 as imageio
 import pytest
 from specimens import EVERY, picture
-
-from dit_accel.cli import main
 
 PROMPT = "a red circle moves right"
 # from text alone, or with an image where the pipeline needs one
@@ -16,21 +13,6 @@ NAMES = [
     for name in EVERY
     if name not in ("flux2_image", "klein_image", "klein_kv_image", "wan_i2v_5b")
 ]
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dit-accel", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return ended.value.code, told.out, told.err
-
-    return run
 
 
 @pytest.mark.parametrize("name", NAMES)
