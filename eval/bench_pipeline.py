@@ -196,7 +196,7 @@ def full(method: Method) -> Method:
 def check(spec: Spec, method: Method, dtype: torch.dtype, device: str) -> None:
     """On three layers of two heads, everything exact, a method is dense attention.
 
-    In two steps, within twice the error that stock diffusers makes in ``dtype`` against a wider one.
+    Within twice the error of stock diffusers in ``dtype`` against a wider one, in two steps.
 
     Raises:
         IncorrectError: it is not.
