@@ -252,7 +252,7 @@ def _run(spec: Spec, layers: Layers, asked: Asked, say: Callable[[str], None]) -
         for _ in range(asked.splits):
             for name, of in times.items():
                 _split(model, inputs, name, of, asked)
-        result = {
+        result: dict[str, Any] = {
             "layers": dict(layers),
             "parameters": pipeline_models.parameters(model),
             "methods": {name: _told(of, asked, spec) for name, of in times.items()},

@@ -60,7 +60,8 @@ def kinds(method: Method, num_steps: int, layer: int = 0, num_layers: int = 1) -
             cold = False
         budget = getattr(method.route, "budget", None)
         if budget is not None and isinstance(budget[1], ByStep):
-            words.append(f"{budget[0]} {share_at(*budget, where):g}")
+            name, shares = budget
+            words.append(f"{name} {share_at(name, shares, where):g}")
         found.append(", ".join(words) or "each")
     return tuple(found)
 
