@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.tuning import SPACES, setting
 
 LOG2E = tl.constexpr(1.4426950408889634)
 _PROGRAMS = 2048
@@ -130,8 +131,8 @@ def error_probe(
         return total.mT
     k = k if k.stride(3) == 1 else k.contiguous()
     log_weight = log_weight if log_weight.stride(3) == 1 else log_weight.contiguous()
-    block_m = 64
-    tiles = triton.cdiv(rows, block_m)
+    chosen = setting("error_probe", k, k.shape[2])
+    tiles = triton.cdiv(rows, chosen["BM"])
     parts = min(num_blocks, max(1, triton.cdiv(_PROGRAMS, tiles * batch * heads)))
     chunk = triton.cdiv(num_blocks, parts)
     valid = perm if key_valid is None else key_valid.contiguous()
@@ -155,12 +156,9 @@ def error_probe(
         num_blocks,
         chunk,
         D=depth,
-        BM=block_m,
-        BN=64,
         HAS_VALID=key_valid is not None,
         SPLIT=k.dtype != torch.float32,
-        num_warps=4,
-        num_stages=2,
+        **chosen.values,
     )
     highest = peak.amax(2, keepdim=True)
     peak.sub_(highest.masked_fill_(highest == -torch.inf, 0.0)).exp2_()
@@ -168,7 +166,8 @@ def error_probe(
 
 
 def _specimen(depth: int, dtype: str, valid: bool) -> Specimen:
-    constants = {"D": depth, "BM": 64, "BN": 64, "HAS_VALID": valid, "SPLIT": dtype != "fp32"}
+    chosen = SPACES["error_probe"].half
+    constants = {"D": depth, **chosen.constants, "HAS_VALID": valid, "SPLIT": dtype != "fp32"}
     types = {
         "q_ptr": "*fp32",
         "k_ptr": f"*{dtype}",
@@ -185,7 +184,7 @@ def _specimen(depth: int, dtype: str, valid: bool) -> Specimen:
         _probe,
         typed(_probe, constants, **types),
         constants,
-        {"num_warps": 4, "num_stages": 2},
+        chosen.options,
         aligned=("k_b", "k_h", "k_l"),
     )
 
