@@ -29,6 +29,7 @@ from dit_accel.rest import Drop
 from dit_accel.token_route import Gate
 
 Call = Callable[[], Any]
+Parts = tuple[Tensor, Tensor, Tensor]
 LEAST_GAIN = 0.02
 """Share of the time that a setting must save to be taken."""
 _TIES = 1e-3
@@ -85,19 +86,19 @@ def bucket(tokens: int) -> int:
 # -- problems -------------------------------------------------------------------------------------
 
 
-def _merge(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
+def _merge(shape: Shape, parts: Parts) -> Call:
     q, k, v = parts
     lse, other = q.float().mean(-1), k.float().mean(-1)
     return lambda: merge(q, lse, v, other, backend="triton")
 
 
-def _mean(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
+def _mean(shape: Shape, parts: Parts) -> Call:
     blocks = Gilbert(64, 128)(*parts, shape.context)
     q, order = blocks.q, blocks.queries
     return lambda: block_mean(q, perm=order.perm, offsets=order.offsets, backend="triton")
 
 
-def _cov(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
+def _cov(shape: Shape, parts: Parts) -> Call:
     blocks = Gilbert(64, 128)(*parts, shape.context)
     k, v, order = blocks.k, blocks.v, blocks.keys
 
@@ -118,24 +119,24 @@ def _cov(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
     return call
 
 
-def _clusters(shape: Shape, parts: tuple[Tensor, ...]) -> tuple[Tensor, int, Tensor]:
+def _clusters(shape: Shape, parts: Parts) -> tuple[Tensor, int, Tensor]:
     video = shape.tokens - shape.text
     x = parts[1][:, :, :video]
     count = max(2, round(video / 75.6))
     return x, count, kmeans(x, count, iterations=1, backend="triton")[1]
 
 
-def _assign(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
+def _assign(shape: Shape, parts: Parts) -> Call:
     x, count, start = _clusters(shape, parts)
     return lambda: kmeans(x, count, iterations=0, start=start, backend="triton")[0]
 
 
-def _update(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
+def _update(shape: Shape, parts: Parts) -> Call:
     x, count, start = _clusters(shape, parts)
     return lambda: kmeans(x, count, iterations=1, start=start, backend="triton")[1]
 
 
-def _probe(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
+def _probe(shape: Shape, parts: Parts) -> Call:
     blocks = Gilbert(64, 256)(*parts, shape.context)
     columns = blocks.keys.num_video
     queries = blocks.query_mean()[:, :, : blocks.queries.num_video].contiguous()
@@ -157,7 +158,7 @@ def _probe(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
     return call
 
 
-def _tokens(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
+def _tokens(shape: Shape, parts: Parts) -> Call:
     blocks = Cyclic()(*parts, shape.context)
     select = Gate()(blocks, Drop(), shape.context).select
 
@@ -175,7 +176,7 @@ def _tokens(shape: Shape, parts: tuple[Tensor, ...]) -> Call:
     return call
 
 
-PROBLEMS: Mapping[str, Callable[[Shape, tuple[Tensor, ...]], Call]] = {
+PROBLEMS: Mapping[str, Callable[[Shape, Parts], Call]] = {
     "merge": _merge,
     "block_summary.mean": _mean,
     "block_summary.cov": _cov,
@@ -219,7 +220,7 @@ def search(
     op: str,
     name: str,
     shape: Shape,
-    parts: tuple[Tensor, ...],
+    parts: Parts,
     timer: Callable[[Call], float],
     *,
     compile_together: bool = True,
@@ -345,7 +346,9 @@ def told(found: Found) -> str:
 
 def rows(found: Sequence[Found]) -> list[tuple[str, ...]]:
     """Results as a table's lines, the headings first."""
-    lines = [("kernel", "shape", "tokens up to", "default ms", "before ms", "after ms", "setting")]
+    lines: list[tuple[str, ...]] = [
+        ("kernel", "shape", "tokens up to", "default ms", "before ms", "after ms", "setting")
+    ]
     for one in found:
         times = (one.default_ms, one.before_ms, one.after_ms)
         lines.append(

@@ -61,11 +61,12 @@ def tune_kernels(
                 timer=lambda call: bench_kernels.milliseconds(call, "cuda", budget_ms),
             ):
                 found.append(one)
+                if not dry_run:  # a run that is stopped keeps what it has
+                    tuning.keep(found, architecture, torch.cuda.get_device_name(), where)
                 err.print(tuning.told(one), highlight=False, markup=False, soft_wrap=True)
     except ValueError as error:
         raise InputError(str(error)) from None
     text = aligned(tuning.rows(found), right=range(3, 6))
     out.print(text, highlight=False, markup=False, soft_wrap=True)
     if not dry_run:
-        written = tuning.keep(found, architecture, torch.cuda.get_device_name(), where)
-        err.print(f"written  {written}", highlight=False, soft_wrap=True)
+        err.print(f"written  {where}", highlight=False, soft_wrap=True)
