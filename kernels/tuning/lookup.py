@@ -84,6 +84,11 @@ def _tables(architecture: int) -> Mapping[tuple[str, int, str], tuple[tuple[int,
     return found
 
 
+def check(device: torch.device) -> None:
+    """Raise a ValueError if a file of settings for a device is there and cannot be read."""
+    _tables(architecture_of(device))
+
+
 def forget() -> None:
     """Read the files again at the next launch."""
     _tables.cache_clear()
