@@ -88,6 +88,25 @@ def _flux_inputs(spec: Spec, batch: int, dtype: torch.dtype, device: str) -> dic
     }
 
 
+def _hunyuan_inputs(spec: Spec, batch: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    config = spec.config
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    # a prompt that is half as long as there is room
+    valid = torch.arange(spec.text, device=device) < spec.text // 2
+    return {
+        "hidden_states": noise(batch, config["in_channels"], *spec.grid),
+        "timestep": torch.full((batch,), 999, device=device),
+        "encoder_hidden_states": noise(batch, spec.text, config["text_embed_dim"]),
+        "encoder_attention_mask": valid.expand(batch, -1),
+        "pooled_projections": noise(batch, config["pooled_projection_dim"]),
+        "guidance": torch.full((batch,), 6000.0, dtype=dtype, device=device),
+        "return_dict": False,
+    }
+
+
 def _wan(heads: int, ffn: int, layers: int, grid: tuple[int, int, int], **other: int) -> Spec:
     config = {
         "num_attention_heads": heads,
@@ -135,15 +154,43 @@ def _flux(heads: int, layers: tuple[int, int], grid: tuple[int, int, int], **oth
     )
 
 
+def _hunyuan(heads: int, layers: tuple[int, int], grid: tuple[int, int, int], **other: Any) -> Spec:
+    config = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_attention_heads": heads,
+        "attention_head_dim": other.get("head_dim", 128),
+        "guidance_embeds": True,
+        "text_embed_dim": other.get("text_dim", 4096),
+        "pooled_projection_dim": 768,
+        "rope_axes_dim": other.get("axes", (16, 56, 56)),
+    }
+    return Spec(
+        "HunyuanVideoTransformer3DModel",
+        config,
+        dict(zip(("num_layers", "num_single_layers"), layers, strict=True)),
+        grid,
+        other.get("text", 256),
+        1,
+        2,
+        True,
+        _hunyuan_inputs,
+    )
+
+
+_AXES = {"head_dim": 64, "text_dim": 32, "text": 8, "axes": (16, 24, 24)}
+
 MODELS: dict[str, Spec] = {
     "wan1.3b": _wan(12, 8960, 30, (21, 60, 104)),
     "wan14b": _wan(40, 13824, 40, (21, 90, 160)),
+    "hunyuan": _hunyuan(24, (20, 40), (33, 90, 160)),
     "flux": _flux(24, (19, 38), (1, 64, 64)),
     "tiny": _wan(2, 64, 4, (3, 12, 20), head_dim=64, text_dim=32, text=8),
-    "tiny-flux": _flux(2, (2, 3), (1, 12, 10), head_dim=64, text_dim=32, text=8, axes=(16, 24, 24)),
+    "tiny-flux": _flux(2, (2, 3), (1, 12, 10), **_AXES),
+    "tiny-hunyuan": _hunyuan(2, (2, 3), (3, 12, 20), **_AXES),
 }
-"""Wan 2.1 1.3B at 832 x 480 and 14B at 1280 x 720, 81 frames; FLUX.1-dev at 1024 x 1024; two for
-tests."""
+"""Wan 2.1 1.3B at 832 x 480 and 14B at 1280 x 720, 81 frames; HunyuanVideo at 1280 x 720, 129
+frames; FLUX.1-dev at 1024 x 1024; and three for tests."""
 
 
 def get(name: str) -> Spec:
@@ -199,7 +246,8 @@ def parameters(model: Any) -> int:
 
 def small(spec: Spec) -> Spec:
     """One of the same family and head size with two heads, few channels and odd sizes."""
-    few = {"num_attention_heads": 2, "ffn_dim": 64, "text_dim": 48, "joint_attention_dim": 48}
+    few = {"num_attention_heads": 2, "ffn_dim": 64}
+    few |= dict.fromkeys(("text_dim", "joint_attention_dim", "text_embed_dim"), 48)
     config = {name: few.get(name, value) for name, value in spec.config.items()}
     # even for the patches of Wan, and blocks of no size fit
     grid = (5, 18, 26) if spec.grid[0] > 1 else (1, 18, 26)

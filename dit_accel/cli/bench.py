@@ -117,7 +117,7 @@ def kernels(
 @app.command()
 def pipeline(
     models: Annotated[
-        str, typer.Option(help="Of wan1.3b, wan14b, flux, tiny, tiny-flux, with commas.")
+        str, typer.Option(help="Of wan1.3b, wan14b, hunyuan, flux, with commas; or tiny.")
     ] = "wan1.3b",
     methods: Annotated[
         str, typer.Option(help="With commas; dense attention is always there.")

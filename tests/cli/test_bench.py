@@ -32,7 +32,7 @@ def test_bench_pipeline(cli, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--models", "wan"], "models: expected some of wan1.3b, wan14b, flux"),
+        (["--models", "wan"], "models: expected some of wan1.3b, wan14b, hunyuan"),
         (["--methods", "piza"], "expected one of custom, dense"),
         (["--methods", "pisa", "--set", "psa.mode=topk"], "--set: expected options of pisa, got"),
         (["--methods", "dense", "--set", "dense.backend=sdpa"], "expected no options of dense"),

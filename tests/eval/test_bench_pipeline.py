@@ -82,7 +82,7 @@ def test_kinds_of_layers_are_told_apart():
     assert found["methods"]["dense"]["mean_ms"] == 10 + 18 * 3 + 37 * 5
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-flux"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-flux", "tiny-hunyuan"])
 def test_what_is_wrong_is_not_timed(name, monkeypatch):
     spec = pipeline_models.get(name)
     with torch.inference_mode():
@@ -141,6 +141,7 @@ def test_real_dimensions():
     assert wan.tokens == 32760
     assert pipeline_models.get("wan14b").tokens == 75600
     assert pipeline_models.get("flux").tokens == 4096 + 512
+    assert pipeline_models.get("hunyuan").tokens == 118800 + 256
     with torch.device("meta"):
         model = diffusers.WanTransformer3DModel(**wan.config, **wan.layers)
     assert pipeline_models.parameters(model) == pytest.approx(1.42e9, rel=0.01)
