@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
@@ -70,7 +70,7 @@ def rehearsal() -> Iterator[None]:
         from triton.runtime._async_compile import AsyncCompileMode
     except ImportError:  # an older or a newer Triton
         raise RuntimeError("Triton: expected its AsyncCompileMode, got a release without") from None
-    workers = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+    workers = _Workers(min(_THREADS, os.cpu_count() or 1))
     with _lock, workers:
         launch = JITFunction.run
 
@@ -86,6 +86,22 @@ def rehearsal() -> Iterator[None]:
         finally:
             _rehearsing.reset(token)
             JITFunction.run = launch
+
+
+class _Workers(ThreadPoolExecutor):
+    """Threads that compile a kernel, and the few lines of C that launch it, which Triton keeps on
+    disk too and would compile at the launch."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        def compiled() -> Any:
+            from triton.runtime import driver
+
+            kernel = work(*args, **options)
+            with contextlib.suppress(Exception):  # as said by the launch itself
+                driver.active.launcher_cls(kernel.src, kernel.metadata)
+            return kernel
+
+        return super().submit(compiled)
 
 
 class _Zeros(TorchFunctionMode):

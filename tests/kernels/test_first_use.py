@@ -26,9 +26,10 @@ class Absent(DriverBase):
     def get_benchmarker(self): raise NotImplementedError
     def get_current_device(self): return 0
     def get_current_stream(self, device): return 0
+    def launcher_cls(self, src, metadata): launchers.append(src.fn.fn.__name__)
 
 driver.set_active(Absent())
-compiled = []
+compiled, launchers = [], []
 knobs.compilation.listener = lambda *, src, **rest: compiled.append(
     (src.fn.fn.__name__, threading.current_thread() is threading.main_thread())
 )
@@ -73,6 +74,7 @@ assert sorted(compiled) == [("merge_kernel", False), ("topk_kernel", False)], co
 for kernel in (merge_kernel, topk_kernel):
     (known,) = kernel.device_caches[0][0].values()
     assert known.asm["cubin"]
+assert sorted(launchers) == ["merge_kernel", "topk_kernel"]
 assert not first_use.rehearsing()
 assert remembered(score, wanted, "poisoned", lambda: "fresh") == "fresh"
 # with nothing left to compile the launch itself is reached, which a driver without a device lacks
