@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from dit_accel import presets
 from dit_accel.errors import InputError
 from dit_accel.flashblock import check_layers, needs_prefix
-from dit_accel.kernels.tuning.lookup import check
+from dit_accel.launches import check_settings
 from dit_accel.method import Method, Schedule
 from dit_accel.pipelines import embedded
 from dit_accel.pipelines.families import Family, family_of, models_of
@@ -53,7 +53,8 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
     """
     models = models_of(target)
     made = _made_for(models, method, options)
-    _check_settings(models)
+    for model in models.values():
+        check_settings(model.device)
     prepare(target)
     for model in models.values():
         family = _family(model)
@@ -245,15 +246,6 @@ def _made_for(models: dict[str, Any], method: str | Method, options: dict[str, A
         made.check_layers(count, name)
         check_layers(made, count, name)
     return made
-
-
-def _check_settings(models: dict[str, Any]) -> None:
-    """A bad file of kernels' settings is told before work starts, and not by the first launch."""
-    try:
-        for model in models.values():
-            check(model.device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def _family(model: Any) -> Family:
