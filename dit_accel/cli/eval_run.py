@@ -244,9 +244,12 @@ def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> Non
 
 
 def _device(given: str | None, rank: Rank) -> str:
+    import torch
+
     device = device_of(given)
     if device == "cuda" and rank.count > 1:
-        return f"cuda:{rank.local}"
+        # more processes than GPUs share them
+        return f"cuda:{rank.local % max(1, torch.cuda.device_count())}"
     return device
 
 
