@@ -112,6 +112,11 @@ class Recorder:
         finally:
             self.end()
 
+    @property
+    def count(self) -> int:
+        """How many spans were opened."""
+        return len(self._spans)
+
     def parts(self) -> dict[str, float]:
         """Seconds by name; spans within a span are not counted twice."""
         seconds: dict[str, float] = {}
