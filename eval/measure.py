@@ -36,10 +36,11 @@ class Bench:
     Args:
         pipe: from `dit_accel.pipelines.load`.
         settings: of the run.
+        sharing: processes that use the same device, this one included.
     """
 
-    def __init__(self, pipe: Any, settings: Settings) -> None:
-        self._pipe, self._settings = pipe, settings
+    def __init__(self, pipe: Any, settings: Settings, sharing: int = 1) -> None:
+        self._pipe, self._settings, self._sharing = pipe, settings, sharing
         self._warm: set[str] = set()
         self._other: dict[str, float] | None = None
         self._why: str | None = None
@@ -99,6 +100,7 @@ class Bench:
             flops=flops,
             absent=absent,
             device=self._device(),
+            sharing=self._sharing,
         )
         store.put(sample, made.frames, made.latents, settings.fps, stack_steps(made.step_latents))
         return store.sample(key)

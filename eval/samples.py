@@ -226,6 +226,8 @@ class Sample:
         flops: counted.
         absent: what was not measured, and why, by the attribute's name.
         device: that it ran on.
+        sharing: processes of the run that used this device at once, this one included; times of
+            more than one tell of each other.
     """
 
     variant: str
@@ -244,6 +246,7 @@ class Sample:
     flops: Flops | None
     absent: dict[str, str]
     device: str
+    sharing: int = 1
 
     @property
     def key(self) -> Key:

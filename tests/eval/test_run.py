@@ -219,10 +219,14 @@ def test_other_files_of_the_model_are_refused(settings):
 
 
 def test_ranks_of_a_launcher(monkeypatch):
-    assert rank_of_environment() == Rank(0, 1, 0)
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+    assert rank_of_environment() == Rank(0, 1, 0, 1)
+    told = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in told.items():
         monkeypatch.setenv(name, value)
-    assert rank_of_environment() == Rank(3, 4, 1)
+    assert rank_of_environment() == Rank(3, 8, 1, 4)
+    assert rank_of_environment().sharing("cpu") == 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert rank_of_environment().sharing("cuda") == 2
 
     def refuse():
         raise InputError("no")
