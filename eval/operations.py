@@ -8,7 +8,6 @@ mask takes out again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Final
 
@@ -20,7 +19,7 @@ from dit_accel.error_route import ErrorAware
 from dit_accel.flashblock import FrozenLayout, FrozenRoute, KeptRest, Whole
 from dit_accel.layout import Blocked, Layout
 from dit_accel.method import Method, Trace
-from dit_accel.pyramid import LEVELS, Pyramid
+from dit_accel.pyramid import Pyramid
 from dit_accel.recorder import span
 from dit_accel.rest import Drop, Moment, Rest, Taylor
 from dit_accel.route import Everything, PooledScore, Route
@@ -122,10 +121,9 @@ def _count_layout(method: Method, blocked: Blocked, fresh: bool, tally: Tally) -
         rounds = 1 + (layout.first_iterations if fresh else layout.next_iterations)
         clusters = blocked.queries.num_video + blocked.keys.num_video
         tally.add("layout", 2.0 * heads * video * clusters * depth * rounds)
-    needs: Mapping[str, None] = {}
-    for part in (method.route, method.rest):
-        needs = {**needs, **dict.fromkeys(getattr(part, "needs", ()))}
-    if "cov" in needs:
+    assert method.route is not None
+    assert method.rest is not None
+    if "cov" in (*method.route.needs, *method.rest.needs):
         tally.add("layout", 2.0 * heads * video * depth * depth)
 
 
@@ -144,8 +142,7 @@ def _count_route(route: Route | None, rest: Rest | None, blocked: Blocked, tally
     elif isinstance(route, Gate):
         tally.add("route", 2.0 * heads * video * columns * depth)
     elif isinstance(route, Pyramid):
-        both = 2.0 * depth * _sampled(blocked, rows, columns)
-        tally.add("route", both)
+        tally.add("route", 2.0 * depth * _sampled(blocked, rows, columns))
     else:
         tally.unknown = f"nobody knows what the route {type(route).__name__} computes"
 
@@ -200,6 +197,3 @@ def _count_rest(rest: Rest | None, call: Trace, tally: Tally) -> None:
             keys = exact * _valid_sizes(blocked)[..., :columns].unsqueeze(-2)
             # what a row's own blocks add to C is taken out of it
             tally.add("rest", 2.0 * depth * depth * keys.sum())
-
-
-assert LEVELS[0] == EXACT
