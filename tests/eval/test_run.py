@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -271,6 +272,29 @@ def test_a_killed_run_goes_on(small_model, prompts, tmp_path, monkeypatch, capsy
     assert "6 of 6 samples" in capsys.readouterr().out
     assert {key: store.folder(key).stat().st_mtime_ns for key in there} == before
     assert not list(out.glob("samples/.parts/*"))
+
+
+def test_processes_of_a_launcher(small_model, prompts, tmp_path, monkeypatch):
+    """`accelerate launch` starts its processes as torchrun does; both of them do their share."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out, free = tmp_path / "run", socket.create_server(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    start = tmp_path / "start.py"
+    start.write_text("from dit_accel.cli import main; main()")
+    call = [
+        *accelerate, "--multi_gpu", "--num_processes", "2", "--main_process_port", str(port),
+        str(start), *words(small_model, prompts, out),
+    ]  # fmt: skip
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 of 6 samples") == 1, "the first process tells"
+    made = Store(out)
+    assert {sample.sharing for sample in made.samples()} == {2}
+    again = run(load(small_model, device="cpu"), made.run().settings, tmp_path / "one")
+    assert again.complete
+    assert all(equal(made, Store(tmp_path / "one"), key) for key in made.finished())
 
 
 def test_the_embedded_model(tmp_path, monkeypatch, capsys):
