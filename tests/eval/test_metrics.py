@@ -181,7 +181,7 @@ def test_dimensions_with_weights_say_why_they_are_not_run(monkeypatch, tmp_path)
     assert "motion_smoothness" not in vbench.reasons()
 
 
-def test_what_the_package_says_is_read(monkeypatch, tmp_path):
+def test_what_the_package_says_is_read(monkeypatch, tmp_path, capsys):
     """Against a stand-in with the package's interface, since the package is not to be had."""
     import json
     import sys
@@ -192,7 +192,19 @@ def test_what_the_package_says_is_read(monkeypatch, tmp_path):
         def __init__(self, device, full_info_dir, output_path):
             self.out = Path(output_path)
 
-        def evaluate(self, videos_path, name, dimension_list, local, mode):
+        # as in vbench 0.1.5
+        def evaluate(
+            self,
+            videos_path,
+            name,
+            prompt_list=(),
+            dimension_list=None,
+            local=False,
+            read_frame=False,
+            mode="vbench_standard",
+            **kwargs,
+        ):
+            print("told")
             assert (mode, local) == ("custom_input", True)
             (dimension,) = dimension_list
             if dimension == "dynamic_degree":
@@ -219,6 +231,7 @@ def test_what_the_package_says_is_read(monkeypatch, tmp_path):
     assert got["motion_smoothness"] == {str(paths[0]): 10.0, str(paths[1]): 20.0}
     assert got["imaging_quality"] == pytest.approx({str(paths[0]): 0.1, str(paths[1]): 0.2})
     assert got["dynamic_degree"] == "vbench failed: RuntimeError: no RAFT"
+    assert capsys.readouterr().out == "", "stdout is for our results"
 
 
 def test_vbenchs_layout():
