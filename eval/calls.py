@@ -179,8 +179,8 @@ def take(
             return
         valid = ctx.geometry.key_valid
         where = replace(ctx.geometry, key_valid=None if valid is None else valid[:1].clone())
-        one = (x[:1, head : head + 1].to(torch.float32, copy=True) for x in (q, k, v))
-        found[ctx.step] = solved(*one, replace(ctx, geometry=where), scale)
+        q1, k1, v1 = (x[:1, head : head + 1].to(torch.float32, copy=True) for x in (q, k, v))
+        found[ctx.step] = solved(q1, k1, v1, replace(ctx, geometry=where), scale)
 
     def after(done: int, total: int) -> None:
         if on_step is not None:

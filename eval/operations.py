@@ -9,7 +9,7 @@ mask takes out again.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ class Counted(Method):
 
 def counted(method: Method, tally: Tally) -> Counted:
     """The same method, telling a tally."""
-    return Counted(*(getattr(method, one.name) for one in fields(Method)), tally=tally)
+    given: dict[str, Any] = {one.name: getattr(method, one.name) for one in fields(Method)}
+    return Counted(**given, tally=tally)
 
 
 def _heads(blocked: Blocked) -> tuple[int, int, int]:
