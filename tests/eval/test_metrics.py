@@ -9,7 +9,8 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dit_accel import InputError
-from dit_accel.eval.metrics import bootstrap, distribution, fidelity, vbench
+from dit_accel.eval.metrics import bootstrap, distribution, fidelity, semantic, vbench
+from dit_accel.pipelines.tiny_wan import scenes
 
 
 def clips(seed=0, noise=0.1, shape=(3, 3, 24, 20)):
@@ -294,3 +295,18 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
         (values.mean(), values.mean() - reach, values.mean() + reach)
     )
     assert bootstrap.jackknife([[0], [1], [2], [3]], lambda kept: 0.0) is None
+
+
+# -- semantic --------------------------------------------------------------------------------------
+
+
+def test_no_caption_tells_where_two_shapes_stand():
+    """Why spatial relations are absent; with such a word in the grammar they are to be judged."""
+    places = {
+        *("above", "below", "beside", "besides", "behind", "before", "beneath", "under", "near"),
+        *("next", "between", "inside", "outside", "top", "bottom", "of", "front", "far", "in"),
+    }
+    assert not places & set(scenes.vocabulary())
+    assert all(len(scene.movers) == 1 for scene in scenes.evaluation_scenes())
+    assert "no word for where two shapes stand" in semantic.why_no_relation("tiny-wan")
+    assert "embedded domain alone" in semantic.why_no_relation("/some/model")
