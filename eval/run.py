@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -183,12 +184,21 @@ def _tell(store: Store, keys: set[Key], progress: Progress | None) -> None:
 
 
 def _worker(root: str, number: int, count: int, gpus: int, threads: int) -> None:
+    threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
     store = Store(root)
     settings = store.run().settings
     device = f"cuda:{number % gpus}" if gpus else settings.device
     settle(device)
     work(store, settings, load_for(settings, device), Rank(number, count, number, count))
+
+
+def _follow_parent() -> None:
+    """End with the process that started this one: killed outright, it ends nobody itself."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class Group:

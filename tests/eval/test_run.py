@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,22 +251,44 @@ def words(model, prompts, out):
     ]
 
 
+def children(parent):
+    """Processes that a process started, from Linux."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    return [int(word) for word in found.split()]
+
+
+def alive(number):
+    """Whether a process runs: one that ended and was not waited for does not."""
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_run_goes_on(small_model, prompts, tmp_path, monkeypatch, capsys):
-    """Killed outright, and taken up by two processes."""
+    """Two processes whose parent is killed outright end with it; one takes the run up."""
     out = tmp_path / "run"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     start = "from dit_accel.cli import main; main()"
     call = [sys.executable, "-c", start, *words(small_model, prompts, out)]
-    first = subprocess.Popen(call, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([*call, "--jobs", "2"], stderr=subprocess.DEVNULL)
     store, limit = Store(out), time.monotonic() + 300
     while not store.finished() and first.poll() is None and time.monotonic() < limit:
         time.sleep(0.02)
+    workers = children(first.pid)
+    assert len(workers) >= 2
     first.send_signal(signal.SIGKILL)
     first.wait()
+    limit = time.monotonic() + 60
+    while any(alive(worker) for worker in workers) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert not any(alive(worker) for worker in workers)
     there = store.finished()
-    assert there
+    assert 0 < len(there) < 6, "what its processes had begun was given up"
     before = {key: store.folder(key).stat().st_mtime_ns for key in there}
-    monkeypatch.setattr(sys, "argv", ["dit-accel", *call[3:], "--jobs", "2"])
+    monkeypatch.setattr(sys, "argv", ["dit-accel", *call[3:]])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
