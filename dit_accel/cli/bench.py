@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.cli.common import err, out, parse_set
+from dit_accel.cli.common import device_of, dtype_of, err, out, parse_set, progress, quiet
 
 app = typer.Typer(help="Measure, always as a ratio to dense attention in the same run.")
 
@@ -223,3 +223,53 @@ def pipeline(
         media.write_text(target, records.dumps(records.signed(found)))
     if any(model["wrong"] for model in found["models"].values()):
         raise typer.Exit(1)
+
+
+@app.command()
+def recording(
+    methods: Annotated[str, typer.Option(help="Presets, with commas.")] = "dense,pisa",
+    density: Annotated[
+        float | None, typer.Option(help="In (0, 1], for methods that have this option.")
+    ] = 0.15,
+    model: Annotated[str, typer.Option(help="Name, directory or hub id.")] = "tiny-wan",
+    prompt: Annotated[
+        str, typer.Option(help="What is generated.")
+    ] = "a red circle moves right over a blue background",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed pairs of generations.")] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    target: Annotated[Path | None, typer.Option("--out", help="Also write JSON there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Time what it costs that ``eval run`` records where the time of a generation goes."""
+    from dit_accel import presets
+    from dit_accel.pipelines import embedded, media
+
+    if target is not None:
+        media.check_writable(target, force=force)
+    chosen = {}
+    for name in (word.strip() for word in methods.split(",")):
+        given = {} if density is None else {"density": density}
+        given = {key: value for key, value in given.items() if key in presets.get(name).accepts({})}
+        chosen[name] = presets.build(name, **embedded.options_for(model, name, given))
+    quiet()
+    from dit_accel.eval import bench_recording, records
+    from dit_accel.pipelines import load
+    from dit_accel.pipelines.request import Request
+
+    pipe = load(model, device=device_of(device), dtype=dtype_of(dtype))
+    pipe.set_progress_bar_config(disable=True)
+    with progress() as bars:
+        task = bars.add_task("generations", total=None)
+        found = bench_recording.run(
+            pipe,
+            chosen,
+            Request(prompt, steps=steps),
+            repeats,
+            lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    out.print(bench_recording.table(found))
+    if target is not None:
+        told = {"methods": [one.to_dict() for one in found]}
+        media.write_text(target, records.dumps(records.signed(told)))
