@@ -7,8 +7,6 @@ brings keys and values, two warp groups take 64 queries each, as in block attent
 one partial for every token, and the partials of a token's groups are merged at the end.
 """
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -26,7 +24,6 @@ from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_attention.hopper import (
     _bring,
-    _load,
     _rows_of,
     _soften,
     _soften_plain,

@@ -136,7 +136,8 @@ def _sort(
     for first in range(0, length, BT):
         token = first + lane
         word = tl.load(word_ptr + token, mask=token < length, other=0).to(tl.int32) & 0xFFFF
-        tl.store(place_ptr + token, tl.full([BT], -1, tl.int32), mask=(token < length) & (word == 0))
+        none = (token < length) & (word == 0)
+        tl.store(place_ptr + token, tl.full([BT], -1, tl.int32), mask=none)
         key = tl.where(word != 0, _code_of(word), _BINS)
         key = tl.sort((key << SHIFT) | lane)
         code = key >> SHIFT
@@ -289,9 +290,7 @@ def bytes_of(length: int, blocks: int, box: int) -> int:
     return kept + 4 * rows * (length // box + blocks + groups * AHEAD)
 
 
-def lists(
-    select: Tensor, found: Boxes, heads: int, first_pair: int, pairs: int, box: int
-) -> Lists:
+def lists(select: Tensor, found: Boxes, heads: int, first_pair: int, pairs: int, box: int) -> Lists:
     """What some heads compute.
 
     Args:
