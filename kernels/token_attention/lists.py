@@ -30,8 +30,11 @@ ENTRY_BITS = 7
 """An entry is a box's length in so many bits, its block's bit in four more, and its start."""
 ITEM = 8
 """Numbers of an item: unit, tile, queries, boxes that all chose, boxes, where its list is."""
-_SORTED = 2048
+_SORTED = 256
 """Tokens that are sorted together."""
+_SORTING_WARPS = 1
+_SCANNED = 4096
+"""Words whose tokens are counted together."""
 _CHUNK = 128
 """Boxes that are looked at together."""
 _BITS = tl.constexpr(BITS)
@@ -62,6 +65,7 @@ def _code_of(word):
 def _words(
     select_ptr,
     word_ptr,
+    bin_ptr,
     select_b,
     select_h,
     select_l,
@@ -74,7 +78,10 @@ def _words(
     BT: tl.constexpr,
     BG: tl.constexpr,
 ):
-    """For every group and token a word: which of the group's blocks the token chose."""
+    """For every group and token a word: which of the group's blocks the token chose.
+
+    And how many tokens have each word, by its place in the Gray code.
+    """
     pair = tl.program_id(2).to(tl.int64)
     b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
     token = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -93,11 +100,26 @@ def _words(
     where = (pair * groups + group)[None, :] * length + token[:, None]
     inside = (token < length)[:, None] & (group < groups)[None, :]
     tl.store(word_ptr + where, word.to(tl.int16), mask=inside)
+    bins = (pair * groups + group)[None, :] * _BINS + _code_of(word)
+    tl.atomic_add(bin_ptr + bins, 1, mask=inside & (word != 0), sem="relaxed")
 
 
 @triton.jit
 def _larger(a, b):
     return tl.maximum(a, b)
+
+
+@triton.jit
+def _starts(bin_ptr, count_ptr, BT: tl.constexpr):
+    """Where the tokens of each word begin, from how many there are."""
+    unit = tl.program_id(0).to(tl.int64)
+    bin_ptr += unit * _BINS + tl.arange(0, BT)
+    count = 0
+    for first in range(0, _BINS, BT):
+        number = tl.load(bin_ptr + first)
+        tl.store(bin_ptr + first, count + tl.cumsum(number, 0) - number)
+        count += tl.sum(number, 0)
+    tl.store(count_ptr + unit, count)
 
 
 @triton.jit(do_not_specialize=["length", "padded"])
@@ -107,13 +129,15 @@ def _sort(
     token_ptr,
     sorted_ptr,
     place_ptr,
-    count_ptr,
     length,
     padded,
     BT: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """The tokens of a group that chose something, in the order of their words."""
+    """The tokens of a group that chose something, in the order of their words.
+
+    One warp a group: what it exchanges needs no barrier.
+    """
     unit = tl.program_id(0).to(tl.int64)
     word_ptr += unit * length
     place_ptr += unit * length
@@ -121,18 +145,6 @@ def _sort(
     sorted_ptr += unit * padded
     bin_ptr += unit * _BINS
     lane = tl.arange(0, BT)
-    for first in range(0, length, BT):
-        token = first + lane
-        word = tl.load(word_ptr + token, mask=token < length, other=0).to(tl.int32) & 0xFFFF
-        tl.atomic_add(bin_ptr + _code_of(word), 1, mask=word != 0, sem="relaxed")
-    tl.debug_barrier()
-    count = 0
-    for first in range(0, _BINS, BT):
-        number = tl.load(bin_ptr + first + lane)
-        tl.store(bin_ptr + first + lane, count + tl.cumsum(number, 0) - number)
-        count += tl.sum(number, 0)
-    tl.store(count_ptr + unit, count)
-    tl.debug_barrier()
     for first in range(0, length, BT):
         token = first + lane
         word = tl.load(word_ptr + token, mask=token < length, other=0).to(tl.int32) & 0xFFFF
@@ -310,9 +322,11 @@ def lists(select: Tensor, found: Boxes, heads: int, first_pair: int, pairs: int,
         return torch.empty(*shape, dtype=dtype, device=select.device)
 
     chosen = room(units, length, dtype=torch.int16)
+    bins = torch.zeros(units, 2**BITS, dtype=torch.int32, device=select.device)
     _words[(triton.cdiv(length, 128), triton.cdiv(groups, 2), pairs)](
         select,
         chosen,
+        bins,
         *lead_strides(select),
         select.stride(2),
         heads,
@@ -325,21 +339,20 @@ def lists(select: Tensor, found: Boxes, heads: int, first_pair: int, pairs: int,
         BG=2,
         num_warps=4,
     )
-    bins = torch.zeros(units, 2**BITS, dtype=torch.int32, device=select.device)
     token, word = room(units, padded), room(units, padded, dtype=torch.int16)
     place, count = room(units, length), room(units)
+    _starts[(units,)](bins, count, BT=_SCANNED, num_warps=8)
     _sort[(units,)](
         chosen,
         bins,
         token,
         word,
         place,
-        count,
         length,
         padded,
         BT=_SORTED,
         SHIFT=_SORTED.bit_length() - 1,
-        num_warps=4,
+        num_warps=_SORTING_WARPS,
     )
     first = torch.nn.functional.pad(
         ((count + ROWS - 1) // ROWS).cumsum(0, dtype=torch.int32), (1, 0)
@@ -378,10 +391,11 @@ def specimens() -> list[Specimen]:
     words = dict.fromkeys(("word_ptr", "sorted_ptr"), "*i16")
     names = ("bin", "token", "place", "count", "first", "block", "span", "start", "item", "list")
     types = {**words, **{f"{name}_ptr": "*i32" for name in names}, "select_ptr": "*i1"}
-    launches: list[tuple[Any, dict[str, Any]]] = [
-        (_words, {"BT": 128, "BG": 2}),
-        (_sort, {"BT": _SORTED, "SHIFT": _SORTED.bit_length() - 1}),
-        (_pack, {"BOX": 16, "BM": ROWS, "CHUNK": _CHUNK}),
+    launches: list[tuple[Any, dict[str, Any], int]] = [
+        (_words, {"BT": 128, "BG": 2}, 4),
+        (_starts, {"BT": _SCANNED}, 8),
+        (_sort, {"BT": _SORTED, "SHIFT": _SORTED.bit_length() - 1}, _SORTING_WARPS),
+        (_pack, {"BOX": 16, "BM": ROWS, "CHUNK": _CHUNK}, 4),
     ]
     return [
         Specimen(
@@ -389,7 +403,7 @@ def specimens() -> list[Specimen]:
             kernel,
             typed(kernel, constants, **types),
             constants,
-            {"num_warps": 4},
+            {"num_warps": warps},
         )
-        for kernel, constants in launches
+        for kernel, constants, warps in launches
     ]

@@ -38,6 +38,8 @@ SETTING: dict[str, Any] = {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3}
 _WIDE: dict[str, Any] = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 _TILE = 512
 """Tokens that are sorted by one program."""
+_MERGED = 4
+"""Partials of a token that are read at once."""
 _COLUMNS = 32
 """Blocks whose selection is read by one program."""
 
@@ -236,6 +238,7 @@ def _merge(
     first_pair,
     D: tl.constexpr,
     BT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
@@ -252,19 +255,26 @@ def _merge(
         acc = tl.load(acc_ptr + kept[:, None] * D + depth[None, :], mask=inside[:, None], other=0.0)
         peak = tl.load(peak_ptr + kept, mask=inside, other=0.0)
         total = tl.load(total_ptr + kept, mask=inside, other=0.0)
-    for group in range(0, groups):
-        unit = pair * groups + group
-        place = tl.load(place_ptr + unit * length + token, mask=inside, other=-1)
-        has = place >= 0
-        where = unit * rows + place
-        lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
-        part = tl.load(part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0)
-        new = tl.maximum(peak, lse)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        fade, weight = tl.exp2(peak - base), tl.exp2(lse - base)
-        acc = acc * fade[:, None] + part.to(tl.float32) * weight[:, None]
-        total = total * fade + weight
-        peak = new
+    for first in range(0, groups, AT_ONCE):
+        # several at once, since a partial is found only when its place is there
+        for i in tl.static_range(AT_ONCE):
+            group = first + i
+            unit = pair * groups + group
+            place = tl.load(
+                place_ptr + unit * length + token, mask=inside & (group < groups), other=-1
+            )
+            has = place >= 0
+            where = unit * rows + place
+            lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
+            part = tl.load(
+                part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0
+            )
+            new = tl.maximum(peak, lse)
+            base = tl.where(new == float("-inf"), 0.0, new)
+            fade, weight = tl.exp2(peak - base), tl.exp2(lse - base)
+            acc = acc * fade[:, None] + part.to(tl.float32) * weight[:, None]
+            total = total * fade + weight
+            peak = new
     if LAST:
         where = (first_pair + pair) * length + token
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -321,10 +331,10 @@ def merge_parts(
         first_pair,
         D=depth,
         BT=32,
+        AT_ONCE=_MERGED,
         FIRST=first,
         LAST=last,
         num_warps=4,
-        num_stages=3,
     )
 
 
@@ -467,8 +477,8 @@ def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
         (_count, bins, 4),
         (_place, bins, 4),
         (_attend, {"D": depth, "G": size, "BM": 128, "BN": 64}, 8),
-        (_merge, {"D": depth, "BT": 32, "FIRST": True, "LAST": True}, 4),
-        (_merge, {"D": depth, "BT": 32, "FIRST": False, "LAST": False}, 4),
+        (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": True, "LAST": True}, 4),
+        (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": False, "LAST": False}, 4),
     ]
     attend = {name: SETTING[name] for name in ("num_warps", "num_stages")}
     return [
