@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -77,29 +78,59 @@ def _producer(p, BOX: gl.constexpr):
 
 
 @gluon.jit
-def _chosen(s, by, word, entries, turn, columns, BOX: gl.constexpr):
+def _entries_of(entries, turn, boxes: gl.constexpr):
+    """The boxes of one turn."""
+    found = (gl.load(entries + turn * boxes),)
+    for i in gl.static_range(1, boxes):
+        found = found + (gl.load(entries + turn * boxes + i),)  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def _chosen(s, by, word, entries, columns, BOX: gl.constexpr):
     """Logits in powers of two; minus infinity where a token did not choose, and beyond a box."""
     boxes: gl.constexpr = s.shape[1] // BOX
     box = gl.expand_dims(columns // BOX, 0)
     bias = gl.full_like(s, float("-inf"))
     limit = gl.full_like(columns, 0)
     for i in gl.static_range(boxes):
-        entry = gl.load(entries + turn * boxes + i)
-        taken = ((word >> ((entry >> _ENTRY) & 15)) & 1) != 0
+        taken = ((word >> ((entries[i] >> _ENTRY) & 15)) & 1) != 0
         mine = gl.expand_dims(gl.where(taken, 0.0, float("-inf")), 1)
         bias = gl.where(box == i, mine, bias)
-        limit = gl.where(columns // BOX == i, entry & ((1 << _ENTRY) - 1), limit)
+        limit = gl.where(columns // BOX == i, entries[i] & ((1 << _ENTRY) - 1), limit)
     known = columns % BOX < limit
     return gl.where(gl.expand_dims(known, 0), s * by + bias, float("-inf"))
 
 
 @gluon.jit
-def _consumer(p, group: gl.constexpr, q_buf, BOX: gl.constexpr):
-    depth: gl.constexpr = q_buf.shape[1]
+def _header(p, number, group: gl.constexpr):
+    """Of an item: its unit, where this group's tokens begin, and how many there are."""
+    there = number < p.end
+    item = p.items + number * _ITEM
+    unit = gl.load(item, mask=there, other=0)
+    tile = gl.load(item + 1, mask=there, other=0)
+    count = gl.load(item + 2, mask=there, other=0) - group * 64
+    return unit, unit.to(gl.int64) * p.padded + tile * 128 + group * 64, count
+
+
+@gluon.jit
+def _fetch(p, unit, token, column, buffer):
+    """Begin to gather the queries of some tokens."""
+    head = p.first_pair + unit // p.groups
+    queries = p.q + (head // p.heads).to(gl.int64) * p.q_b
+    queries += (head % p.heads).to(gl.int64) * p.q_h
+    where = gl.expand_dims(token.to(gl.int64), 1) * p.q_l + gl.expand_dims(column, 0)
+    async_copy.async_copy_global_to_shared(buffer, queries + where)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
+    depth: gl.constexpr = q_bufs.shape[2]
     stages: gl.constexpr = p.k_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
     boxes: gl.constexpr = width // BOX
-    dtype: gl.constexpr = q_buf.dtype
+    dtype: gl.constexpr = q_bufs.dtype
     rows: gl.constexpr = 64
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // depth, depth // 8], [4, 1], [1, 0])
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
@@ -110,49 +141,51 @@ def _consumer(p, group: gl.constexpr, q_buf, BOX: gl.constexpr):
     nothing = gl.zeros([rows, width], gl.float32, logits)
     columns = gl.arange(0, width, gl.SliceLayout(0, logits))
     column = gl.arange(0, depth, gl.SliceLayout(0, flat))
+    place = gl.arange(0, rows, gl.SliceLayout(1, flat))
+    row = gl.arange(0, rows, row_of)
 
+    # queries are gathered an item ahead, and their tokens known an item before that
+    unit, start, count = _header(p, p.begin, group)
+    token = gl.load(p.tokens + start + place, mask=place < count, other=0)
+    _fetch(p, unit, token, column, q_bufs.index(0))
+    next_word = gl.load(p.words + start + row, mask=row < count, other=0)
+    unit, start, count = _header(p, p.begin + p.step, group)
+    token = gl.load(p.tokens + start + place, mask=place < count, other=0)
     turn = gl.to_tensor(0)
+    q_at = gl.to_tensor(0)
     for number in range(p.begin, p.end, p.step):
         item = p.items + number * _ITEM
-        unit = gl.load(item)
-        first = gl.load(item + 1) * (2 * rows) + group * rows
-        count = gl.load(item + 2) - group * rows
         plain = gl.load(item + 3) // boxes
         turns = (gl.load(item + 4) + boxes - 1) // boxes
         entries = p.listed + gl.load(item + 5)
-        start = unit.to(gl.int64) * p.padded + first
-
-        # the queries of this group, gathered
-        place = gl.arange(0, rows, gl.SliceLayout(1, flat))
-        inside = place < count
-        token = gl.load(p.tokens + start + place, mask=inside, other=0).to(gl.int64)
-        head = p.first_pair + unit // p.groups
-        queries = p.q + (head // p.heads).to(gl.int64) * p.q_b
-        queries += (head % p.heads).to(gl.int64) * p.q_h
-        where = gl.expand_dims(token, 1) * p.q_l + gl.expand_dims(column, 0)
-        query = gl.load(queries + where, mask=gl.expand_dims(inside, 1), other=0.0)
-        row_place = gl.arange(0, rows, row_of)
-        word = gl.load(p.words + start + row_place, mask=row_place < count, other=0).to(gl.int32)
-        # the partial of the item before has left the buffer
-        tma.store_wait(pendings=0)
-        q_buf.store(query)
+        word = next_word.to(gl.int32)
+        q_buf = q_bufs.index(q_at)
+        q_next = gl.where(q_at == 2, 0, q_at + 1)
+        async_copy.wait_group(0)
         fence_async_shared()
+        # of the three buffers the one whose partial was stored two items ago
+        tma.store_wait(pendings=1)
+        _fetch(p, unit, token, column, q_bufs.index(q_next))
+        next_word = gl.load(p.words + start + row, mask=row < count, other=0)
+        unit, start, count = _header(p, number + 2 * p.step, group)
 
         acc = gl.zeros([rows, depth], gl.float32, result)
         m = gl.full([rows], float("-inf"), gl.float32, row_of)
         mass = gl.zeros([rows], gl.float32, row_of)
         if turns > 0:
+            found = _entries_of(entries, gl.to_tensor(0), boxes)
             at = turn % stages
             mbarrier.wait(p.k_ready.index(at), (turn // stages) & 1)
             s = warpgroup_mma(q_buf, p.k_bufs.index(at).permute((1, 0)), nothing, use_acc=False)
             mbarrier.arrive(p.k_free.index(at), count=1)
             if plain == 0:
-                s = _chosen(s, p.by, word, entries, gl.to_tensor(0), columns, BOX)
+                s = _chosen(s, p.by, word, found, columns, BOX)
                 weights, m, mass, fade = _soften(s, m, mass)
             else:
                 weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
             a = gl.convert_layout(weights.to(dtype), operand)
             for i in range(1, turns):
+                found = _entries_of(entries, i, boxes)
                 v_at = turn % stages
                 v_phase = (turn // stages) & 1
                 turn += 1
@@ -165,7 +198,7 @@ def _consumer(p, group: gl.constexpr, q_buf, BOX: gl.constexpr):
                 s = warpgroup_mma_wait(1, deps=(s_next,))
                 mbarrier.arrive(p.k_free.index(at), count=1)
                 if i >= plain:
-                    s = _chosen(s, p.by, word, entries, i, columns, BOX)
+                    s = _chosen(s, p.by, word, found, columns, BOX)
                     weights, m, mass, fade = _soften(s, m, mass)
                 else:
                     weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
@@ -178,15 +211,21 @@ def _consumer(p, group: gl.constexpr, q_buf, BOX: gl.constexpr):
             acc = warpgroup_mma(a, p.v_bufs.index(v_at), acc)
             mbarrier.arrive(p.v_free.index(v_at), count=1)
             turn += 1
+        token = gl.load(p.tokens + start + place, mask=place < count, other=0)
 
         total = gl.where(mass == 0.0, 1.0, mass)
         acc = acc / gl.expand_dims(gl.convert_layout(total, acc_row), 1)
-        kept = (unit - p.first_unit).to(gl.int64) * p.padded + first
+        own = gl.load(item)
+        first = gl.load(item + 1) * (2 * rows) + group * rows
+        left = gl.load(item + 2) - group * rows
+        kept = (own - p.first_unit).to(gl.int64) * p.padded + first
         q_buf.store(acc.to(dtype))
         fence_async_shared()
         _store(p.parts, [kept.to(gl.int32), 0], q_buf)
         norm = gl.where(mass == 0.0, float("-inf"), m + gl.log2(total))
-        gl.store(p.lse + kept + row_place, norm, mask=row_place < count)
+        gl.store(p.lse + kept + row, norm, mask=row < left)
+        q_at = q_next
+    async_copy.wait_group(0)
     tma.store_wait(pendings=0)
 
 
@@ -266,7 +305,8 @@ def attend_kernel(
     dtype: gl.constexpr = keys.dtype
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     signal: gl.constexpr = mbarrier.MBarrierLayout()
-    q_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], shared)
+    q_bufs = gl.allocate_shared_memory(dtype, [3, 64, D], shared)
+    more_q_bufs = gl.allocate_shared_memory(dtype, [3, 64, D], shared)
     k_bufs = gl.allocate_shared_memory(dtype, [2, PER, D], shared)
     v_bufs = gl.allocate_shared_memory(dtype, [2, PER, D], shared)
     k_ready = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
@@ -310,8 +350,8 @@ def attend_kernel(
     )
     gl.warp_specialize(
         [
-            (_consumer, (shares, 0, q_bufs.index(0), BOX)),
-            (_consumer, (shares, 1, q_bufs.index(1), BOX)),
+            (_consumer, (shares, 0, q_bufs, BOX)),
+            (_consumer, (shares, 1, more_q_bufs, BOX)),
             (_producer, (shares, BOX)),
         ],
         [4, 1],
@@ -338,6 +378,7 @@ def token_attention(
     """As `triton.token_attention`, in fp16 or bf16, head size 64 or 128, a positive scale."""
     from dit_accel.kernels.token_attention.triton import merge_parts
 
+    q = q if _aligned(q) else q.contiguous().clone()
     batch, heads, length, depth = q.shape
     blocks, every, device = select.shape[3], batch * heads, q.device
     out = torch.empty(batch, heads, length, depth, dtype=q.dtype, device=device)
@@ -413,6 +454,11 @@ def token_attention(
     return out, lse
 
 
+def _aligned(q: Tensor) -> bool:
+    """Whether rows can be copied 16 bytes at a time."""
+    return q.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in q.stride()[:3])
+
+
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -432,7 +478,9 @@ def _specimen(dtype: str, depth: int, box: int) -> Specimen:
     names = attend_kernel.arg_names
     signature |= {n: "i32" for n in names if n not in signature and n not in constants}
     name = f"attend {dtype} D{depth} box {box}"
-    return Specimen(name, attend_kernel, signature, constants, LAUNCH, least=90, most=90)
+    return Specimen(
+        name, attend_kernel, signature, constants, LAUNCH, 90, 90, ("q_b", "q_h", "q_l")
+    )
 
 
 LAUNCH = {"num_warps": 4, "maxnreg": 168}
