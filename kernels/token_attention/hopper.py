@@ -50,6 +50,8 @@ LISTED_BYTES = 3 * 2**28
 """What lists and ordered keys and values may take, unless those of one head take more."""
 _TURN = 128
 """Keys of a turn."""
+_KEPT = 256
+"""Keys that are on their way or in use."""
 _ITEM = gl.constexpr(ITEM)
 _ENTRY = gl.constexpr(ENTRY_BITS)
 # renamed between Triton 3.6 and 3.9
@@ -300,6 +302,7 @@ def attend_kernel(
     scale,
     BOX: gl.constexpr,
     PER: gl.constexpr,
+    STAGES: gl.constexpr,
     D: gl.constexpr,
 ):
     dtype: gl.constexpr = keys.dtype
@@ -307,13 +310,13 @@ def attend_kernel(
     signal: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(dtype, [3, 64, D], shared)
     more_q_bufs = gl.allocate_shared_memory(dtype, [3, 64, D], shared)
-    k_bufs = gl.allocate_shared_memory(dtype, [2, PER, D], shared)
-    v_bufs = gl.allocate_shared_memory(dtype, [2, PER, D], shared)
-    k_ready = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
-    k_free = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
-    v_ready = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
-    v_free = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
-    for stage in gl.static_range(2):
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, PER, D], shared)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, PER, D], shared)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
+    for stage in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(stage), count=1)
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_ready.index(stage), count=1)
@@ -435,6 +438,7 @@ def token_attention(
                 scale,
                 BOX=box,
                 PER=_TURN,
+                STAGES=_KEPT // _TURN,
                 D=depth,
                 **LAUNCH,
             )
@@ -474,7 +478,7 @@ def _specimen(dtype: str, depth: int, box: int) -> Specimen:
         "parts": bits[64],
         "scale": "fp32",
     }
-    constants = {"BOX": box, "PER": _TURN, "D": depth}
+    constants = {"BOX": box, "PER": _TURN, "STAGES": _KEPT // _TURN, "D": depth}
     names = attend_kernel.arg_names
     signature |= {n: "i32" for n in names if n not in signature and n not in constants}
     name = f"attend {dtype} D{depth} box {box}"
