@@ -46,10 +46,8 @@ from dit_accel.kernels.token_attention.lists import (
 
 KEPT_BYTES = 5 * 2**28
 """What partials may take."""
-LISTED_BYTES = 3 * 2**28
+LISTED_BYTES = 5 * 2**28
 """What lists and ordered keys and values may take, unless those of one head take more."""
-_TURN = 128
-"""Keys of a turn."""
 _KEPT = 256
 """Keys that are on their way or in use."""
 _ITEM = gl.constexpr(ITEM)
@@ -362,9 +360,11 @@ def attend_kernel(
     )
 
 
-def box_of(length: int, blocks: int) -> int:
-    """Keys of a box: 64 where blocks have 128 or more on average, else 16."""
-    return 64 if length >= 128 * blocks else 16
+def setting(length: int, blocks: int) -> tuple[int, int]:
+    """Keys of a turn and of a box: long runs for long blocks, else what small ones fill."""
+    if length >= 128 * blocks:
+        return 128, 64
+    return 64, 32 if length >= 64 * blocks else 16
 
 
 def token_attention(
@@ -376,7 +376,7 @@ def token_attention(
     k_offsets: Tensor,
     key_valid: Tensor | None,
     scale: float,
-    box: int | None = None,
+    launch: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `triton.token_attention`, in fp16 or bf16, head size 64 or 128, a positive scale."""
     from dit_accel.kernels.token_attention.triton import merge_parts
@@ -387,7 +387,7 @@ def token_attention(
     out = torch.empty(batch, heads, length, depth, dtype=q.dtype, device=device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
     order = compact(k_perm, k_offsets, key_valid)
-    box = box_of(length, blocks) if box is None else box
+    turn, box = launch or setting(length, blocks)
     groups, size = grouping(blocks)
     found = boxes_of(order, length, size, box)
     padded = triton.cdiv(length, ROWS) * ROWS
@@ -437,8 +437,8 @@ def token_attention(
                 these,
                 scale,
                 BOX=box,
-                PER=_TURN,
-                STAGES=_KEPT // _TURN,
+                PER=turn,
+                STAGES=_KEPT // turn,
                 D=depth,
                 **LAUNCH,
             )
@@ -467,7 +467,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _specimen(dtype: str, depth: int, box: int) -> Specimen:
+def _specimen(dtype: str, depth: int, turn: int, box: int) -> Specimen:
     bits = {size: f"tensordesc<{dtype}[{size}, {depth}],{shared_layout()!r}>" for size in (box, 64)}
     signature = {
         "q": f"*{dtype}",
@@ -478,10 +478,10 @@ def _specimen(dtype: str, depth: int, box: int) -> Specimen:
         "parts": bits[64],
         "scale": "fp32",
     }
-    constants = {"BOX": box, "PER": _TURN, "STAGES": _KEPT // _TURN, "D": depth}
+    constants = {"BOX": box, "PER": turn, "STAGES": _KEPT // turn, "D": depth}
     names = attend_kernel.arg_names
     signature |= {n: "i32" for n in names if n not in signature and n not in constants}
-    name = f"attend {dtype} D{depth} box {box}"
+    name = f"attend {dtype} D{depth} turn {turn} box {box}"
     return Specimen(
         name, attend_kernel, signature, constants, LAUNCH, 90, 90, ("q_b", "q_h", "q_l")
     )
@@ -490,7 +490,7 @@ def _specimen(dtype: str, depth: int, box: int) -> Specimen:
 LAUNCH = {"num_warps": 4, "maxnreg": 168}
 SPECIMENS = [
     *specimens(),
-    _specimen("bf16", 128, 64),
-    _specimen("bf16", 128, 16),
-    _specimen("fp16", 64, 16),
+    _specimen("bf16", 128, 128, 64),
+    _specimen("bf16", 128, 64, 32),
+    _specimen("fp16", 64, 64, 16),
 ]

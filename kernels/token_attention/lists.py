@@ -30,9 +30,8 @@ ENTRY_BITS = 7
 """An entry is a box's length in so many bits, its block's bit in four more, and its start."""
 ITEM = 8
 """Numbers of an item: unit, tile, queries, boxes that all chose, boxes, where its list is."""
-_SORTED = 256
+_SORTED = 512
 """Tokens that are sorted together."""
-_SORTING_WARPS = 1
 _SCANNED = 4096
 """Words whose tokens are counted together."""
 _CHUNK = 128
@@ -134,10 +133,7 @@ def _sort(
     BT: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """The tokens of a group that chose something, in the order of their words.
-
-    One warp a group: what it exchanges needs no barrier.
-    """
+    """The tokens of a group that chose something, in the order of their words."""
     unit = tl.program_id(0).to(tl.int64)
     word_ptr += unit * length
     place_ptr += unit * length
@@ -352,7 +348,7 @@ def lists(select: Tensor, found: Boxes, heads: int, first_pair: int, pairs: int,
         padded,
         BT=_SORTED,
         SHIFT=_SORTED.bit_length() - 1,
-        num_warps=_SORTING_WARPS,
+        num_warps=2,
     )
     first = torch.nn.functional.pad(
         ((count + ROWS - 1) // ROWS).cumsum(0, dtype=torch.int32), (1, 0)
@@ -394,7 +390,7 @@ def specimens() -> list[Specimen]:
     launches: list[tuple[Any, dict[str, Any], int]] = [
         (_words, {"BT": 128, "BG": 2}, 4),
         (_starts, {"BT": _SCANNED}, 8),
-        (_sort, {"BT": _SORTED, "SHIFT": _SORTED.bit_length() - 1}, _SORTING_WARPS),
+        (_sort, {"BT": _SORTED, "SHIFT": _SORTED.bit_length() - 1}, 2),
         (_pack, {"BOX": 16, "BM": ROWS, "CHUNK": _CHUNK}, 4),
     ]
     return [

@@ -381,7 +381,7 @@ class _Gates:
             *rest,
             D=self.depth,
             BM=self.tile[0],
-            BN=32 if kernel in (_tails, _settle) else self.tile[1],
+            BN=32 if kernel in (_around, _tails, _settle) else self.tile[1],
             SPLIT=self.split,
             num_warps=8 if self.split else 4,
             num_stages=2,
@@ -483,7 +483,7 @@ def token_counts(select: Tensor) -> Tensor:
     select = select if select.stride(3) == 1 else select.contiguous()
     counts = torch.zeros(batch, heads, blocks, dtype=torch.int32, device=select.device)
     _counts[(triton.cdiv(blocks, 128), triton.cdiv(length, 2048), batch * heads)](
-        select, counts, *select.stride()[:3], heads, length, blocks, ROWS=2048, BT=32, BN=128
+        select, counts, *select.stride()[:3], heads, length, blocks, ROWS=2048, BT=64, BN=128
     )
     return counts.long()
 
@@ -528,12 +528,12 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
     kernels: list[tuple[Any, dict[str, Any]]] = [
         (_range, tile),
         (_digits, tile | {"COUNT": False, "BINS": _BINS}),
-        (_around, tile | {"COUNT": False, "BITS": _AROUND}),
+        (_around, tile | {"BN": 32, "COUNT": False, "BITS": _AROUND}),
         (_summed, {"COUNT": False, "CHUNK": _CHUNK}),
         (_tails, tile | {"BN": 32, "TAIL": _TAIL}),
         (_select, tile),
         (_settle, tile | {"BN": 32}),
-        (_counts, {"ROWS": 2048, "BT": 32, "BN": 128}),
+        (_counts, {"ROWS": 2048, "BT": 64, "BN": 128}),
     ]
     return [
         Specimen(
