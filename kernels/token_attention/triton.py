@@ -259,7 +259,8 @@ def _merge(
     for group in range(0, groups):
         # known a turn ahead, since a partial is found only when its place is there
         place_ptr += length
-        ahead = tl.load(place_ptr, mask=inside & (group + 1 < groups), other=-1)
+        more = tl.full([BT], group + 1, tl.int32) < groups
+        ahead = tl.load(place_ptr, mask=inside & more, other=-1)
         if tl.max(place, 0) >= 0:
             has = place >= 0
             where = (pair * groups + group) * rows + place
