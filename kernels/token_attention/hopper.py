@@ -408,8 +408,8 @@ def token_attention(
     ]
     state = (out, lse, lse)  # stands in where there is no state
     if units < groups:
-        sizes = (1, length, depth), (1, length), (1, length)
-        state = tuple(room(*shape, dtype=torch.float32) for shape in sizes)
+        more = [room(1, length, dtype=torch.float32) for _ in range(2)]
+        state = (room(1, length, depth, dtype=torch.float32), more[0], more[1])
     for first_pair in range(0, every, pairs):
         some = min(pairs, every - first_pair)
         for x, buffer in ((k, keys), (v, values)):

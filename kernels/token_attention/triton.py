@@ -38,8 +38,8 @@ SETTING: dict[str, Any] = {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3}
 _WIDE: dict[str, Any] = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 _TILE = 512
 """Tokens that are sorted by one program."""
-_MERGED = 16
-"""Tokens that one warp merges the partials of; groups that none of them chose cost nothing."""
+_MERGED = 2
+"""Partials of a token that are read at once."""
 _COLUMNS = 32
 """Blocks whose selection is read by one program."""
 
@@ -238,6 +238,7 @@ def _merge(
     first_pair,
     D: tl.constexpr,
     BT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
@@ -254,16 +255,16 @@ def _merge(
         acc = tl.load(acc_ptr + kept[:, None] * D + depth[None, :], mask=inside[:, None], other=0.0)
         peak = tl.load(peak_ptr + kept, mask=inside, other=0.0)
         total = tl.load(total_ptr + kept, mask=inside, other=0.0)
-    place_ptr += pair * groups * length + token
-    place = tl.load(place_ptr, mask=inside, other=-1)
-    for group in range(0, groups):
-        # known a turn ahead, since a partial is found only when its place is there
-        place_ptr += length
-        more = tl.full([BT], group + 1, tl.int32) < groups
-        ahead = tl.load(place_ptr, mask=inside & more, other=-1)
-        if tl.max(place, 0) >= 0:
+    for first in range(0, groups, AT_ONCE):
+        # several at once, since a partial is found only when its place is there
+        for i in tl.static_range(AT_ONCE):
+            group = first + i
+            unit = pair * groups + group
+            place = tl.load(
+                place_ptr + unit * length + token, mask=inside & (group < groups), other=-1
+            )
             has = place >= 0
-            where = (pair * groups + group) * rows + place
+            where = unit * rows + place
             lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
             part = tl.load(
                 part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0
@@ -274,7 +275,6 @@ def _merge(
             acc = acc * fade[:, None] + part.to(tl.float32) * weight[:, None]
             total = total * fade + weight
             peak = new
-        place = ahead
     if LAST:
         where = (first_pair + pair) * length + token
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -318,7 +318,7 @@ def merge_parts(
         first, last: whether no groups came before, and none come after.
     """
     length, depth = out.shape[2:]
-    _merge[(triton.cdiv(length, _MERGED), pairs)](
+    _merge[(triton.cdiv(length, 32), pairs)](
         part,
         part_lse,
         place,
@@ -330,10 +330,11 @@ def merge_parts(
         groups,
         first_pair,
         D=depth,
-        BT=_MERGED,
+        BT=32,
+        AT_ONCE=_MERGED,
         FIRST=first,
         LAST=last,
-        num_warps=1,
+        num_warps=4,
     )
 
 
@@ -476,8 +477,8 @@ def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
         (_count, bins, 4),
         (_place, bins, 4),
         (_attend, {"D": depth, "G": size, "BM": 128, "BN": 64}, 8),
-        (_merge, {"D": depth, "BT": _MERGED, "FIRST": True, "LAST": True}, 1),
-        (_merge, {"D": depth, "BT": _MERGED, "FIRST": False, "LAST": False}, 1),
+        (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": True, "LAST": True}, 4),
+        (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": False, "LAST": False}, 4),
     ]
     attend = {name: SETTING[name] for name in ("num_warps", "num_stages")}
     return [
