@@ -294,7 +294,7 @@ def bytes_of(length: int, blocks: int, box: int) -> int:
     """What the lists of one head take."""
     groups, _ = grouping(blocks)
     rows = -(-length // ROWS)
-    kept = groups * (length * 6 + rows * ROWS * 6 + rows * ITEM * 4 + 4 * 2**BITS)
+    kept: int = groups * (length * 6 + rows * ROWS * 6 + rows * ITEM * 4 + 4 * 2**BITS)
     return kept + 4 * rows * (length // box + blocks + groups * AHEAD)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.token_select.cut import State, cut_kernel, digit_kernel, summed_kernel
 
 BITS = 24
 TOP = tl.constexpr(2**BITS - 1)
@@ -211,17 +212,6 @@ def _around(
     tl.store(at + 2, tl.sum(above, 0))
 
 
-@triton.jit
-def _summed(count_ptr, base_ptr, sum_ptr, CHUNK: tl.constexpr, COUNT: tl.constexpr):
-    """Sums of consecutive values, each as often as it was counted."""
-    pair, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    value = part * CHUNK + tl.arange(0, CHUNK)
-    number = tl.load(count_ptr + pair * tl.num_programs(0) * CHUNK + value).to(tl.int64)
-    if not COUNT:
-        number *= value + tl.load(base_ptr + pair)
-    tl.store(sum_ptr + pair * tl.num_programs(0) + part, tl.sum(number, 0))
-
-
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
 def _select(
     q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, out_ptr,
@@ -390,53 +380,28 @@ class _Gates:
 
     def cut(self, threshold: float, count: bool) -> tuple[Tensor, Tensor]:
         """The smallest gate that is selected, and how many of its equals: int64 ``[P]``."""
-        step = next(step for step, least in _SAMPLES if self.length >= least)
-        undone = torch.zeros(self.pairs, dtype=torch.int32, device=self.device)
+        state = State.of(self.pairs, threshold, self.device)
         # about where the cut is, to 8 bits, and what is counted around there
-        guess, *_ = self._digits(threshold, count, undone, step)
-        base = (guess + (1 << (BITS - 9)) - (1 << (_AROUND - 1))).clamp(min=0)
+        self._digits(state, count, next(step for step, least in _SAMPLES if self.length >= least))
+        state.base.add_((1 << (BITS - 9)) - (1 << (_AROUND - 1))).clamp_(min=0)
         sums = self.room(self.pairs, self.tiles, 3, dtype=torch.int64)
-        shape = (self.pairs, 1 << _AROUND)
-        counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        self.launch(_around, *self.kept, base, sums, counts, *self.where, COUNT=count, BITS=_AROUND)
-        own, others, above = sums.sum(1).unbind(-1)
-        wanted = _wanted(own + others, threshold, count)
-        parts = counts.shape[1] // _CHUNK
-        summed = self.room(self.pairs, parts, dtype=torch.int64)
-        _summed[(parts, self.pairs)](counts, base, summed, CHUNK=_CHUNK, COUNT=count, num_warps=4)
-        part, have, done = _boundary(summed, own + above, wanted)
-        part = part.clamp(max=parts - 1)
-        first = base + part * _CHUNK
-        chosen = counts.view(self.pairs, parts, _CHUNK)[
-            torch.arange(self.pairs, device=self.device), part
-        ]
-        near = self._last(chosen, first, have, wanted, count)
+        self._last(state, count, _around, sums, _AROUND)
         # where the guess was wrong
-        known = done.to(torch.int32)
-        base, have, wanted = self._digits(threshold, count, known, 1)
-        shape = (self.pairs, 1 << _TAIL)
-        counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        self.launch(_tails, *self.kept, base, known, counts, *self.where, TAIL=_TAIL)
-        far = self._last(counts, base, have, wanted, count)
-        return torch.where(done, near[0], far[0]), torch.where(done, near[1], far[1])
+        self._digits(state, count, 1)
+        self._last(state, count, _tails, sums, _TAIL)
+        return state.cut, state.needed
 
-    def _digits(
-        self, threshold: float, count: bool, done: Tensor, step: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every ``step``-th token: the first 8 bits of the cut, what is above, what is wanted.
-
-        Anything for heads that are done.
-        """
-        base = torch.zeros(self.pairs, dtype=torch.int64, device=self.device)
-        have = wanted = base
+    def _digits(self, state: State, count: bool, step: int) -> None:
+        """Of every ``step``-th token: 8 bits of the cut, what is above, what is wanted."""
         tiles = triton.cdiv(triton.cdiv(self.length, step), self.tile[0])
+        sums = self.room(self.pairs, tiles, 2 * _BINS, dtype=torch.int64)
         for shift in (BITS - 4, BITS - 8):
-            sums = self.room(self.pairs, tiles, 2 * _BINS, dtype=torch.int64)
+            first = shift == BITS - 4
             self.launch(
                 _digits,
                 *self.kept,
-                base,
-                done,
+                state.zero if first else state.base,
+                state.done,
                 sums,
                 *self.where,
                 shift,
@@ -445,27 +410,57 @@ class _Gates:
                 COUNT=count,
                 BINS=_BINS,
             )
-            found = sums.sum(1)
-            if shift == BITS - 4:
-                have = found[:, _BINS + 1]
-                wanted = _wanted(found[:, _BINS], threshold, count)
-            digit, have, _ = _boundary(found[:, :_BINS], have, wanted)
-            base = base + (digit << shift)
-        return base, have, wanted
+            digit_kernel[(self.pairs,)](
+                sums,
+                state.share,
+                state.done,
+                state.base,
+                state.have,
+                state.wanted,
+                tiles,
+                shift,
+                COUNT=count,
+                FIRST=first,
+                BINS=_BINS,
+                BT=32,
+                num_warps=4,
+            )
 
-    def _last(
-        self, counts: Tensor, base: Tensor, have: Tensor, wanted: Tensor, count: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The cut among values from ``base`` on, counted ``[P, N]``, and how many that equal it."""
-        value = base.unsqueeze(1) + torch.arange(counts.shape[1], device=self.device)
-        each = torch.ones_like(value) if count else value
-        digit, have, inside = _boundary(counts * each, have, wanted)
-        base = base + digit
-        # of those that equal the cut, as many as are reached before there is enough
-        worth = (torch.ones_like(base) if count else base).double()
-        needed = ((wanted - have) / worth.clamp(min=1)).ceil()
-        needed = torch.where(worth > 0, needed, float(self.length) * self.blocks)
-        return base, torch.where(inside, needed, 0.0).long()
+    def _last(self, state: State, count: bool, kernel: Any, sums: Tensor, bits: int) -> None:
+        """Count ``2 ** bits`` values from the base on, and find the cut among them."""
+        guessed = kernel is _around
+        parts = (1 << bits) // _CHUNK
+        counts = torch.zeros(self.pairs, 1 << bits, dtype=torch.int32, device=self.device)
+        if guessed:
+            self.launch(
+                _around, *self.kept, state.base, sums, counts, *self.where, COUNT=count, BITS=bits
+            )
+        else:
+            self.launch(_tails, *self.kept, state.base, state.done, counts, *self.where, TAIL=bits)
+        summed = self.room(self.pairs, parts, dtype=torch.int64)
+        summed_kernel[(parts, self.pairs)](
+            counts, state.base, state.done, summed, CHUNK=_CHUNK, COUNT=count, num_warps=4
+        )
+        cut_kernel[(self.pairs,)](
+            counts,
+            summed,
+            state.base,
+            sums,
+            state.share,
+            state.have,
+            state.wanted,
+            state.done,
+            state.cut,
+            state.needed,
+            self.tiles,
+            self.length * self.blocks,
+            COUNT=count,
+            GUESSED=guessed,
+            PARTS=parts,
+            CHUNK=_CHUNK,
+            BT=32,
+            num_warps=4,
+        )
 
     def selected(self, base: Tensor, needed: Tensor) -> Tensor:
         """bool ``[B, H, L, Nk]``, its rows at multiples of 16 bytes."""
@@ -488,38 +483,14 @@ def token_counts(select: Tensor) -> Tensor:
     return counts.long()
 
 
-def _wanted(total: Tensor, threshold: float, count: bool) -> Tensor:
-    """What must be reached, fp64, of a sum or of a number of pairs."""
-    share = total.double() * threshold
-    return (share + 1e-9).floor().clamp(min=1) if count else share
-
-
-def _boundary(sums: Tensor, have: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In which bin, from the last one down, enough is reached.
-
-    Args:
-        sums: int64 ``[P, N]``, by bin.
-        have: int64 ``[P]``, what there is before.
-        wanted: fp64 ``[P]``.
-
-    Returns:
-        The bin int64 ``[P]``, ``N`` if there is enough before; what there is before it; whether
-        it is one of the bins.
-    """
-    above = sums.flip(-1).cumsum(-1).flip(-1) - sums + have.unsqueeze(-1)
-    needs = above.double() < wanted.unsqueeze(-1)
-    number = sums.shape[-1] - needs.sum(-1)
-    inside = number < sums.shape[-1]
-    before = above.gather(-1, number.clamp(max=sums.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    return number, torch.where(inside, before, have), inside
-
-
 def _specimens(depth: int, dtype: str) -> list[Specimen]:
     data = f"*{dtype}"
     types = {
         **dict.fromkeys(("q_ptr", "mean_ptr", "fine_ptr"), data),
         **dict.fromkeys(("low_ptr", "high_ptr", "scale_ptr"), "*fp32"),
         **dict.fromkeys(("own_ptr", "base_ptr", "sum_ptr", "before_ptr", "room_ptr"), "*i64"),
+        **dict.fromkeys(("have_ptr", "cut_ptr", "needed_ptr", "summed_ptr"), "*i64"),
+        **dict.fromkeys(("wanted_ptr", "share_ptr"), "*fp64"),
         **dict.fromkeys(("count_ptr", "tie_ptr", "done_ptr"), "*i32"),
         **dict.fromkeys(("full_ptr", "select_ptr"), "*i1"),
         "out_ptr": "*i8",
@@ -529,7 +500,9 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
         (_range, tile),
         (_digits, tile | {"COUNT": False, "BINS": _BINS}),
         (_around, tile | {"BN": 32, "COUNT": False, "BITS": _AROUND}),
-        (_summed, {"COUNT": False, "CHUNK": _CHUNK}),
+        (summed_kernel, {"COUNT": False, "CHUNK": _CHUNK}),
+        (digit_kernel, {"COUNT": False, "FIRST": True, "BINS": _BINS, "BT": 32}),
+        (cut_kernel, {"COUNT": False, "GUESSED": True, "PARTS": 128, "CHUNK": _CHUNK, "BT": 32}),
         (_tails, tile | {"BN": 32, "TAIL": _TAIL}),
         (_select, tile),
         (_settle, tile | {"BN": 32}),
