@@ -27,7 +27,7 @@ from dit_accel.pipelines.session import MethodProcessor, binding_of
 from dit_accel.recorder import Recorder, recording
 
 
-class _Dense(TorchFunctionMode):
+class DenseSpans(TorchFunctionMode):
     """Charges torch's attention to ``attend``."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -77,13 +77,13 @@ def listening(pipe: Any) -> Iterator[Recorder]:
 def _watch_attention(
     attn: Any, layer: int, recorder: Recorder, around: Callable[..., None]
 ) -> None:
-    modes: list[_Dense] = []
+    modes: list[DenseSpans] = []
 
     def begin(*_: Any) -> None:
         recorder.begin("other", layer)
         # the mode sees every function of torch, which a sparse method calls by the thousand
-        if _is_dense(attn):
-            modes.append(_Dense(recorder))
+        if is_dense(attn):
+            modes.append(DenseSpans(recorder))
             modes[-1].__enter__()
 
     def end(*_: Any) -> None:
@@ -94,7 +94,7 @@ def _watch_attention(
     around(attn, begin, end)
 
 
-def _is_dense(attn: Any) -> bool:
+def is_dense(attn: Any) -> bool:
     processor = attn.processor
     if not isinstance(processor, MethodProcessor):
         return True

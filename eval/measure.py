@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -94,12 +94,7 @@ class Bench:
 
     def _choose(self, variant: Variant) -> None:
         accelerate(self._pipe, presets.build(variant.method, **variant.given))
-        backend = None if variant.backend is None else AttentionBackendName(variant.backend)
-        # set_attention_backend would also change the default of every other model
-        for model in models_of(self._pipe).values():
-            for module in model.modules():
-                if hasattr(getattr(module, "processor", None), "_attention_backend"):
-                    module.processor._attention_backend = backend
+        use_backend(models_of(self._pipe).values(), variant.backend)
 
     def _count(self) -> None:
         """Count one forward's operations, once in a process."""
@@ -131,6 +126,18 @@ class Bench:
     def _device(self) -> str:
         device = self._pipe._execution_device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def use_backend(models: Iterable[Any], name: str | None) -> None:
+    """Let diffusers compute dense attention by one of its backends, in these transformers alone.
+
+    ``model.set_attention_backend`` would also change the default of every other model.
+    """
+    backend = None if name is None else AttentionBackendName(name)
+    for model in models:
+        for module in model.modules():
+            if hasattr(getattr(module, "processor", None), "_attention_backend"):
+                module.processor._attention_backend = backend
 
 
 def load_for(settings: Settings, device: str) -> Any:

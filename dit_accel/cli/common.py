@@ -115,6 +115,25 @@ def method_options(
     return parse_set(method, [*words, *settings], given)
 
 
+def shared_options(given: Any) -> dict[str, dict[str, Any]]:
+    """Options by method, from ``--set method.name=value`` or from YAML's mappings.
+
+    Raises:
+        InputError: a method or an option is unknown, or does not fit.
+    """
+    if isinstance(given, Mapping):
+        if not all(isinstance(options, Mapping) for options in given.values()):
+            raise InputError(f"set: expected options by method, got {dict(given)!r}")
+        return {str(method): dict(options) for method, options in given.items()}
+    words: dict[str, list[str]] = {}
+    for word in given or ():
+        method, dot, rest = str(word).partition(".")
+        if not dot or "=" in method:
+            raise InputError(f"--set: expected method.name=value, got {word!r}")
+        words.setdefault(method.strip(), []).append(rest)
+    return {method: parse_set(method, listed) for method, listed in words.items()}
+
+
 def dtype_of(name: str | None) -> Any:
     """A torch dtype by name, such as ``bf16`` or ``float32``.
 

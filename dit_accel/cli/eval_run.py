@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.cli.common import device_of, dtype_of, err, out, parse_set, progress, quiet
+from dit_accel.cli.common import device_of, dtype_of, err, out, progress, quiet, shared_options
 from dit_accel.errors import InputError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _run(given: Mapping[str, Any]) -> None:
     entries = entries_of(given["methods"])
     densities = _numbers("density", given["density"], float)
     seeds = _numbers("seeds", given["seeds"], int)
-    shared = _shared(given["settings"])
+    shared = shared_options(given["settings"])
     chosen_dtype = dtype_of(given["dtype"])
     if given["jobs"] < 1:
         raise InputError(f"jobs: expected a positive integer, got {given['jobs']}")
@@ -262,21 +262,6 @@ def _numbers(name: str, given: Any, kind: type) -> tuple[Any, ...]:
         return tuple(kind(one) for one in listed)
     except (TypeError, ValueError):
         raise InputError(f"{name}: expected numbers with commas, got {given!r}") from None
-
-
-def _shared(given: Any) -> dict[str, dict[str, Any]]:
-    """Options by method, from ``--set method.name=value`` or from YAML's mappings."""
-    if isinstance(given, Mapping):
-        if not all(isinstance(options, Mapping) for options in given.values()):
-            raise InputError(f"set: expected options by method, got {dict(given)!r}")
-        return {str(method): dict(options) for method, options in given.items()}
-    words: dict[str, list[str]] = {}
-    for word in given or ():
-        method, dot, rest = str(word).partition(".")
-        if not dot or "=" in method:
-            raise InputError(f"--set: expected method.name=value, got {word!r}")
-        words.setdefault(method.strip(), []).append(rest)
-    return {method: parse_set(method, listed) for method, listed in words.items()}
 
 
 def compare(

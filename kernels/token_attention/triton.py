@@ -29,13 +29,12 @@ from dit_accel.kernels.gather import gather_rows
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import MOST_ROWS, compact
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.tuning import SPACES
+from dit_accel.kernels.tuning import setting as tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 KEPT_BYTES = 2**30
 """What partials and lists may take."""
-SETTING: dict[str, Any] = {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3}
-"""Queries and keys of a tile, and how the attention itself is launched."""
-_WIDE: dict[str, Any] = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 _TILE = 512
 """Tokens that are sorted by one program."""
 _MERGED = 2
@@ -376,7 +375,7 @@ def token_attention(
         return torch.empty(*shape, dtype=dtype, device=device)
 
     keys, values = (room(pairs, length, depth, dtype=x.dtype) for x in (k, v))
-    options = {**(SETTING if q.dtype != torch.float32 else _WIDE), **(setting or {})}
+    options = {**tuned("token_attention", q, length).values, **(setting or {})}
     options.pop("G", None)
     block_m, block_n = options.pop("BM"), options.pop("BN")
     described = [
@@ -472,22 +471,22 @@ def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
         "scale": "fp32",
     }
     bins = {"BINS": 2**size, "BT": _TILE}
+    chosen = SPACES["token_attention"].half
     launches: list[tuple[Any, dict[str, Any], int]] = [
         (_choices, {"G": size, "BT": 128, "BG": _COLUMNS // size}, 4),
         (_count, bins, 4),
         (_place, bins, 4),
-        (_attend, {"D": depth, "G": size, "BM": 128, "BN": 64}, 8),
+        (_attend, {"D": depth, "G": size, **chosen.constants}, 8),
         (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": True, "LAST": True}, 4),
         (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": False, "LAST": False}, 4),
     ]
-    attend = {name: SETTING[name] for name in ("num_warps", "num_stages")}
     return [
         Specimen(
             f"{kernel.__name__} {dtype} D={depth} G={size}",
             kernel,
             typed(kernel, constants, **types),
             constants,
-            attend if kernel is _attend else {"num_warps": warps, "num_stages": 3},
+            chosen.options if kernel is _attend else {"num_warps": warps, "num_stages": 3},
             aligned=("q_b", "q_h", "q_l"),
         )
         for kernel, constants, warps in launches
