@@ -32,6 +32,7 @@ from dit_accel.kernels.specimen import Specimen
 _BITS = gl.constexpr(START_BIT)
 _COUNT = gl.constexpr(LENGTH_BITS)
 _MASK = gl.constexpr((1 << LENGTH_BITS) - 1)
+_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]))
 _TURN = 128
 """Keys of a turn."""
 # renamed between Triton 3.6 and 3.9
@@ -104,7 +105,7 @@ def _producer(p, BOX: gl.constexpr, WEIGHT: gl.constexpr, FIRST_ORDER: gl.conste
         v_turn = p.rest_turns + turns
         at = v_turn % v_stages
         mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
-        _bring_run(p.cov, p.cov_row, p.v_bufs.index(at).slice(0, depth), p.v_ready.index(at))
+        _bring_run(p.cov, p.cov_row, p.v_bufs.index(at).slice(0, depth), p.cov_ready)
 
 
 @gluon.jit
@@ -161,9 +162,18 @@ def _consumer(
     operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
     row_of: gl.constexpr = gl.SliceLayout(1, logits)
     acc_row: gl.constexpr = gl.SliceLayout(1, result)
+    # queries that one group can hold are held by both, and the turns go by parity
+    if WEIGHT == 0:
+        turn = p.alone * group
+        step = p.alone + 1
+        first_row = (1 - p.alone) * group * rows
+    else:
+        turn = gl.to_tensor(0)
+        step = gl.to_tensor(1)
+        first_row = gl.to_tensor(group * rows)
 
     # the queries of this group, gathered
-    place = group * rows + gl.arange(0, rows, gl.SliceLayout(1, flat))
+    place = first_row + gl.arange(0, rows, gl.SliceLayout(1, flat))
     inside = place < p.count
     token = gl.load(p.tokens + place, mask=inside, other=0).to(gl.int64)
     column = gl.arange(0, depth, gl.SliceLayout(0, flat))
@@ -175,16 +185,17 @@ def _consumer(
         square_buf.store((scaled * scaled).to(dtype))
     fence_async_shared()
 
-    acc_place = group * rows + gl.arange(0, rows, acc_row)
-    acc_inside = acc_place < p.count
+    acc_place = first_row + gl.arange(0, rows, acc_row)
+    # the second group's share is handed to the first
+    acc_inside = (acc_place < p.count) & (turn == 0)
     acc_token = gl.load(p.tokens + acc_place, mask=acc_inside, other=0).to(gl.int64)
     acc_column = gl.arange(0, depth, gl.SliceLayout(0, result))
     if INIT:
         start = gl.expand_dims(acc_token, 1) * depth + gl.expand_dims(acc_column, 0)
         acc = gl.load(p.init + start, mask=gl.expand_dims(acc_inside, 1), other=0.0)
         acc = acc.to(gl.float32)
-        row_place = group * rows + gl.arange(0, rows, row_of)
-        row_inside = row_place < p.count
+        row_place = first_row + gl.arange(0, rows, row_of)
+        row_inside = (row_place < p.count) & (turn == 0)
         row_token = gl.load(p.tokens + row_place, mask=row_inside, other=0)
         m = gl.load(p.init_lse + row_token, mask=row_inside, other=float("-inf"))
         m = m * 1.4426950408889634
@@ -196,8 +207,8 @@ def _consumer(
     nothing = gl.zeros([rows, width], gl.float32, logits)
     columns = gl.arange(0, width, gl.SliceLayout(0, logits))
 
-    k_turn = gl.to_tensor(0)
-    for i in range(p.rest_turns):
+    k_turn = turn
+    for i in range(turn, p.rest_turns, step):
         number = i * width + columns
         known = number < p.columns
         kind = gl.load(p.code + number, mask=known, other=0)
@@ -234,7 +245,7 @@ def _consumer(
             else:
                 s += shift * 1.4426950408889634
                 weights, m, mass, fade = _soften(s, m, mass)
-        k_turn += 1
+        k_turn += step
         acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
         at = i % v_stages
         mbarrier.wait(p.v_ready.index(at), (i // v_stages) & 1)
@@ -245,22 +256,23 @@ def _consumer(
     rest_mass = mass
 
     turns = (p.every + boxes - 1) // boxes
-    if turns > 0:
+    begin = (turn + p.rest_turns) & (step - 1)
+    if turns > begin:
+        v_turn = p.rest_turns + begin
         at = k_turn % k_stages
         mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
         s = warpgroup_mma(q_buf, p.k_bufs.index(at).permute((1, 0)), nothing, use_acc=False)
         mbarrier.arrive(p.k_free.index(at), count=1)
-        s = _hide(s * p.by, p.entries, gl.to_tensor(0), columns, BOX)
+        s = _hide(s * p.by, p.entries, begin, columns, BOX)
         weights, m, mass, fade = _soften(s, m, mass)
         acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
         a = gl.convert_layout(weights.to(dtype), operand)
-        for i in range(1, turns):
-            k_turn += 1
+        for i in range(begin + step, turns, step):
+            k_turn += step
             at = k_turn % k_stages
             mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
             keys = p.k_bufs.index(at).permute((1, 0))
             s_next = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
-            v_turn = p.rest_turns + i - 1
             v_at = v_turn % v_stages
             mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
             acc_next = warpgroup_mma(a, p.v_bufs.index(v_at), acc, is_async=True)
@@ -273,21 +285,43 @@ def _consumer(
                 weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
             acc, a = warpgroup_mma_wait(0, deps=(acc_next, a))
             mbarrier.arrive(p.v_free.index(v_at), count=1)
+            v_turn += step
             acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
             a = gl.convert_layout(weights.to(dtype), operand)
-        v_turn = p.rest_turns + turns - 1
         v_at = v_turn % v_stages
         mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
         acc = warpgroup_mma(a, p.v_bufs.index(v_at), acc)
         mbarrier.arrive(p.v_free.index(v_at), count=1)
     if FIRST_ORDER:
-        v_turn = p.rest_turns + turns
-        v_at = v_turn % v_stages
-        mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
+        v_at = (p.rest_turns + turns) % v_stages
+        mbarrier.wait(p.cov_ready, 0)
         none = gl.zeros([rows, depth], gl.float32, result)
         first = warpgroup_mma(q_buf, p.v_bufs.index(v_at).slice(0, depth), none, use_acc=False)
         fade = gl.where(rest_mass == 0.0, 0.0, rest_mass * gl.exp2(rest_m - m))
         acc += first * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
+    if WEIGHT == 0:  # noqa: SIM102
+        if step == 2:
+            # the second group had the odd turns, and so this buffer to itself
+            other = p.k_bufs.index(1)._reinterpret(gl.float32, [rows, depth], _PLAIN)
+            if group == 1:
+                other.store(acc)
+                p.sums.index(0).store(m)
+                p.sums.index(1).store(mass)
+                gl.thread_barrier()
+                mbarrier.arrive(p.joined, count=1)
+            else:
+                mbarrier.wait(p.joined, 0)
+                m_other = p.sums.index(0).load(row_of)
+                peak = gl.maximum(m, m_other)
+                safe = gl.where(peak == float("-inf"), 0.0, peak)
+                fade = gl.exp2(m - safe)
+                fade_other = gl.exp2(m_other - safe)
+                m = peak
+                mass = mass * fade + p.sums.index(1).load(row_of) * fade_other
+                acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
+                acc += other.load(result) * gl.expand_dims(
+                    gl.convert_layout(fade_other, acc_row), 1
+                )
 
     total = gl.where(mass == 0.0, 1.0, mass)
     norm = gl.where(mass == 0.0, float("-inf"), (m + gl.log2(total)) * 0.6931471805599453)
@@ -304,6 +338,7 @@ class _Parts:
     q: gl.tensor
     tokens: gl.tensor
     count: gl.tensor
+    alone: gl.tensor
     q_l: gl.tensor
     init: gl.tensor
     init_lse: gl.tensor
@@ -334,6 +369,9 @@ class _Parts:
     k_free: gl.shared_memory_descriptor
     v_ready: gl.shared_memory_descriptor
     v_free: gl.shared_memory_descriptor
+    cov_ready: gl.shared_memory_descriptor
+    joined: gl.shared_memory_descriptor
+    sums: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(self, *values):
@@ -418,20 +456,42 @@ def attend_kernel(
         k_free = gl.allocate_shared_memory(gl.int64, [k_stages, 1], signal)
         v_ready = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
         v_free = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
+        cov_ready = gl.allocate_shared_memory(gl.int64, [1], signal)
+        joined = gl.allocate_shared_memory(gl.int64, [1], signal)
+        sums = gl.allocate_shared_memory(
+            gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        )
         if WEIGHT != 0:
             square_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], shared)
         else:
             square_bufs = q_bufs
         for stage in gl.static_range(k_stages):
             mbarrier.init(k_ready.index(stage), count=1)
-            mbarrier.init(k_free.index(stage), count=2)
         for stage in gl.static_range(2):
             mbarrier.init(v_ready.index(stage), count=1)
-            mbarrier.init(v_free.index(stage), count=2)
+        mbarrier.init(cov_ready, count=1)
+        mbarrier.init(joined, count=1)
+        # a buffer is free when all that read it are done
+        alone = ((span & _MASK) <= 64).to(gl.int32)
+        if WEIGHT == 0:
+            if alone == 1:
+                for stage in gl.static_range(2):
+                    mbarrier.init(k_free.index(stage), count=1)
+                    mbarrier.init(v_free.index(stage), count=1)
+            else:
+                for stage in gl.static_range(2):
+                    mbarrier.init(k_free.index(stage), count=2)
+                    mbarrier.init(v_free.index(stage), count=2)
+        else:
+            for stage in gl.static_range(k_stages):
+                mbarrier.init(k_free.index(stage), count=2)
+            for stage in gl.static_range(2):
+                mbarrier.init(v_free.index(stage), count=2)
         parts = _Parts(
             q + b * q_b + h * q_h,
             q_perm + b * perm_b + h * perm_h + (span >> _BITS),
             span & _MASK,
+            alone,
             gl.to_tensor(q_l),
             init + head.to(gl.int64) * length * D,
             init_lse + head.to(gl.int64) * length,
@@ -462,6 +522,9 @@ def attend_kernel(
             k_free,
             v_ready,
             v_free,
+            cov_ready,
+            joined,
+            sums,
         )
         first = (parts, 0, q_bufs.index(0), square_bufs.index(0), BOX, WEIGHT, FIRST_ORDER, INIT)
         second = (parts, 1, q_bufs.index(1), square_bufs.index(1), BOX, WEIGHT, FIRST_ORDER, INIT)
