@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import InputError
-from dit_accel.kernels.kmeans import kmeans
+from dit_accel.kernels.block_summary import block_mean
+from dit_accel.kernels.kmeans import bisected, kmeans
 from dit_accel.kernels.order import label_order
 from dit_accel.layout import TEXT_BLOCK, Blocked, default_scale
 from dit_accel.types import Blocks, Context, Geometry
@@ -26,7 +27,10 @@ class KMeans:
     """Euclidean k-means of queries and of keys.
 
     The first call of a layer and guidance branch starts from tokens; later ones from where the call
-    before ended, since little moves from one denoising step to the next.
+    before ended, since little moves from one denoising step to the next. An iteration gives every
+    token to its nearest centroid, and then takes the means: the clusters are those of the last
+    iteration, and its means are where the next call starts, as in the public code. The first call
+    also puts clusters that are alike beside each other, and later ones leave them there.
 
     Attributes:
         q_clusters, k_clusters: how many; by default as many as keep the clusters' mean size what it
@@ -84,35 +88,53 @@ class KMeans:
         known = memory.get(slot)
         if known is not None and known.shape != (*x.shape[:2], clusters, x.shape[3]):
             known = None  # another resolution, or another batch
+        iterations = self.first_iterations if known is None else self.next_iterations
+        # the last means are taken here, over tokens that are sorted by then
         labels, centroids = kmeans(
             x,
             clusters,
-            iterations=self.first_iterations if known is None else self.next_iterations,
+            iterations=max(0, iterations - 1),
             start=known,
             valid=valid,
             seed=self.seed,
         )
+        if known is None:
+            order = bisected(centroids)
+            labels = order.argsort(-1).gather(-1, labels)
+            centroids = centroids.gather(2, order.unsqueeze(-1).expand_as(centroids))
+        cells, bounds = label_order(labels, clusters)
+        if iterations:
+            means = block_mean(x, perm=cells, offsets=bounds, valid=valid)
+            full = bounds.diff(dim=-1) > 0
+            if valid is not None:
+                full = _counts(labels, clusters, valid) > 0
+            centroids = torch.where(full.unsqueeze(-1), means, centroids)
         memory[slot] = centroids
-        return _blocks(labels, clusters, where)
+        return _blocks(cells, bounds, where)
 
 
-def _blocks(labels: Tensor, clusters: int, where: Geometry) -> Blocks:
+def _counts(labels: Tensor, clusters: int, valid: Tensor) -> Tensor:
+    """Valid tokens of every cluster, ``[B, H, C]``."""
+    counts = labels.new_zeros(*labels.shape[:2], clusters)
+    return counts.scatter_add_(-1, labels, valid.long().unsqueeze(1).expand_as(labels))
+
+
+def _blocks(cells: Tensor, bounds: Tensor, where: Geometry) -> Blocks:
     """Clusters of the video tokens, in the model's order inside each, and then the text.
 
     Args:
-        labels: int64 ``[B, H, V]``.
-        clusters: how many, empty ones included.
+        cells: int64 ``[B, H, V]``, video tokens by cluster.
+        bounds: int32 ``[B, H, C + 1]``, where the clusters, empty ones included, are cut.
         where: of what.
     """
-    batch, heads, _ = labels.shape
-    device = labels.device
+    batch, heads, _ = cells.shape
+    device = cells.device
     start, stop = where.text_span
-    cells, bounds = label_order(labels, clusters)
     tokens = torch.where(cells < start, cells, cells + (stop - start))
     text = torch.arange(start, stop, device=device).expand(batch, heads, -1)
     # made where it is used: a copy from the host would wait for the device
     number = torch.arange(1, -(-(stop - start) // TEXT_BLOCK) + 1, device=device)
-    ends = (number * TEXT_BLOCK).clamp(max=stop - start) + labels.shape[-1]
+    ends = (number * TEXT_BLOCK).clamp(max=stop - start) + cells.shape[-1]
     ends = ends.to(torch.int32).expand(batch, heads, -1)
     offsets = torch.cat([bounds, ends], -1)
-    return Blocks(torch.cat([tokens, text], -1), offsets, clusters)
+    return Blocks(torch.cat([tokens, text], -1), offsets, bounds.shape[-1] - 1)

@@ -19,12 +19,15 @@ from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
 from dit_accel.kernels.block_attention.problem import (
+    AHEAD,
     Problem,
     packed,
     pooled_parts,
     table_of,
     tiles_of,
 )
+from dit_accel.kernels.block_attention.runs import SPECIMENS as RUN_SPECIMENS
+from dit_accel.kernels.block_attention.runs import packed_runs
 from dit_accel.kernels.merge.triton import merge
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
@@ -243,8 +246,11 @@ def block_attention(
             ("pooled", levels, box, k_longest),
             lambda: pooled(keys.offsets, length, levels, box, k_longest),
         )
-    k_tiles = tiles_of(keys, length, bn, k_longest)
-    listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
+    if k_longest is None:
+        listed, counts = packed_runs(code, keys.offsets, *q.shape[:2], length, bn, AHEAD)
+    else:
+        k_tiles = tiles_of(keys, length, bn, k_longest)
+        listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
         table_of(k, keys, pyramid),
@@ -389,7 +395,7 @@ def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, 
     return Specimen(name, attend_kernel, signature, constants, options)
 
 
-SPECIMENS = PLAN_SPECIMENS + (
+SPECIMENS = PLAN_SPECIMENS + RUN_SPECIMENS + (
     [
         _specimen(
             f"attend {dtype} D{depth}{' rest' if rest else ''}",
