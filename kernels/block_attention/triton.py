@@ -17,7 +17,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
-from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
 from dit_accel.kernels.block_attention.problem import (
     AHEAD,
     Problem,
@@ -26,6 +25,7 @@ from dit_accel.kernels.block_attention.problem import (
     table_of,
     tiles_of,
 )
+from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
 from dit_accel.kernels.block_attention.runs import SPECIMENS as RUN_SPECIMENS
 from dit_accel.kernels.block_attention.runs import packed_runs
 from dit_accel.kernels.merge.triton import merge
@@ -395,19 +395,23 @@ def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, 
     return Specimen(name, attend_kernel, signature, constants, options)
 
 
-SPECIMENS = PLAN_SPECIMENS + RUN_SPECIMENS + (
-    [
-        _specimen(
-            f"attend {dtype} D{depth}{' rest' if rest else ''}",
-            dtype,
-            depth,
-            rest,
-            {"BM": 128, "BN": 64, "STAGES": 2, "num_warps": 8},
-        )
-        for dtype in ("bf16", "fp16")
-        for depth in (64, 128)
-        for rest in (False, True)
-    ]
-    if isinstance(attend_kernel, triton.JITFunction)
-    else []
+SPECIMENS = (
+    PLAN_SPECIMENS
+    + RUN_SPECIMENS
+    + (
+        [
+            _specimen(
+                f"attend {dtype} D{depth}{' rest' if rest else ''}",
+                dtype,
+                depth,
+                rest,
+                {"BM": 128, "BN": 64, "STAGES": 2, "num_warps": 8},
+            )
+            for dtype in ("bf16", "fp16")
+            for depth in (64, 128)
+            for rest in (False, True)
+        ]
+        if isinstance(attend_kernel, triton.JITFunction)
+        else []
+    )
 )

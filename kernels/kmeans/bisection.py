@@ -26,11 +26,12 @@ def bisected(centroids: Tensor) -> Tensor:
     width = 1 << max(0, count - 1).bit_length()
     rows = centroids.reshape(groups, count, depth)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, width - count))
+    # from `count` on there is nothing
     order = torch.arange(width, device=rows.device).expand(groups, width)
     while width > 1:
         parts = rows.view(-1, width, depth)
         real = (order < count).view(-1, width, 1)
-        number = real.sum(1, keepdim=True).clamp(min=1)
+        number = real.sum(1, keepdim=True)
         mean = (parts * real).sum(1, keepdim=True) / number
         spread = (parts - mean) * real
         middle = mean.view(groups, -1, depth)
@@ -39,12 +40,20 @@ def bisected(centroids: Tensor) -> Tensor:
         axis = _widest(spread)
         turned = ((ahead - behind).view_as(axis) * axis).sum(1, keepdim=True) < 0
         place = (spread @ torch.where(turned, -axis, axis)).masked_fill(~real, torch.inf)
-        chosen = place.squeeze(-1).sort(dim=-1, stable=True).indices
+        sorted_places = place.squeeze(-1).sort(dim=-1, stable=True).indices
+        # as many in either half, and what is empty behind them
+        number = number.squeeze(-1)
+        first = (number + 1) // 2
+        inside = torch.arange(width // 2, device=rows.device)
+        rank = torch.cat([inside.expand(len(number), -1), first + inside], 1)
+        some = torch.cat([inside < first, first + inside < number], 1)
+        chosen = sorted_places.gather(1, rank.clamp(max=width - 1))
         rows = parts.gather(1, chosen.unsqueeze(-1).expand(-1, -1, depth)).view(groups, -1, depth)
-        order = order.reshape(-1, width).gather(1, chosen).view(groups, -1)
+        order = order.reshape(-1, width).gather(1, chosen).masked_fill(~some, count)
+        order = order.view(groups, -1)
         width //= 2
-    # what was padded is behind all others
-    return order[:, :count].reshape(batch, heads, count)
+    kept = (order == count).sort(dim=-1, stable=True).indices[:, :count]
+    return order.gather(1, kept).view(batch, heads, count)
 
 
 def _widest(spread: Tensor) -> Tensor:
