@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_summary import block_mean
 from dit_accel.kernels.kmeans import bisected, kmeans
-from dit_accel.kernels.order import label_order
+from dit_accel.kernels.order import label_order, valid_order
 from dit_accel.layout import TEXT_BLOCK, Blocked, default_scale
 from dit_accel.types import Blocks, Context, Geometry
 
@@ -63,33 +63,36 @@ class KMeans:
         video = ctx.geometry.num_video
         queries = min(video, self.q_clusters or -(-video * QUERY_CLUSTERS // TOKENS))
         keys = min(video, self.k_clusters or -(-video * KEY_CLUSTERS // TOKENS))
-        return Blocked(
-            q,
-            k,
-            v,
-            self._partition("queries", q, queries, ctx),
-            self._partition("keys", k, keys, ctx),
-            ctx.geometry,
-            default_scale(q, scale),
-        )
-
-    def _partition(self, name: str, x: Tensor, clusters: int, ctx: Context) -> Blocks:
-        where = ctx.geometry
         memory = ctx.memory
         if self.share_branches and ctx.state is not None:
             memory = ctx.state.slot(ctx.layer, "")
+        where = ctx.geometry
+        q_blocks, q_centres = self._partition(q, queries, where, memory.get("kmeans queries"))
+        k_blocks, k_centres = self._partition(k, keys, where, memory.get("kmeans keys"))
+        blocked = Blocked(q, k, v, q_blocks, k_blocks, where, default_scale(q, scale))
+        known = memory.get("kmeans queries") is not None
+        if self.next_iterations if known else self.first_iterations:
+            # the means that end an iteration: route and rest want them as well
+            q_centres = _moved(q_centres, *_query_means(blocked))
+            summary = blocked.summary()
+            k_centres = _moved(k_centres, summary.k_mean, summary.count)
+        memory["kmeans queries"], memory["kmeans keys"] = q_centres, k_centres
+        return blocked
+
+    def _partition(
+        self, x: Tensor, clusters: int, where: Geometry, known: Tensor | None
+    ) -> tuple[Blocks, Tensor]:
+        """Clusters, and the centroids that their tokens are nearest to."""
         start, stop = where.text_span
-        if stop > start:
-            x = torch.cat([x[:, :, :start], x[:, :, stop:]], 2)
         valid = where.key_valid
-        if valid is not None and stop > start:
-            valid = torch.cat([valid[:, :start], valid[:, stop:]], 1)
-        slot = f"kmeans {name}"
-        known = memory.get(slot)
+        if stop == x.shape[2]:
+            x, valid = x[:, :, :start], None if valid is None else valid[:, :start]
+        elif stop > start:
+            x = torch.cat([x[:, :, :start], x[:, :, stop:]], 2)
+            valid = None if valid is None else torch.cat([valid[:, :start], valid[:, stop:]], 1)
         if known is not None and known.shape != (*x.shape[:2], clusters, x.shape[3]):
             known = None  # another resolution, or another batch
         iterations = self.first_iterations if known is None else self.next_iterations
-        # the last means are taken here, over tokens that are sorted by then
         labels, centroids = kmeans(
             x,
             clusters,
@@ -102,39 +105,43 @@ class KMeans:
             order = bisected(centroids)
             labels = order.argsort(-1).gather(-1, labels)
             centroids = centroids.gather(2, order.unsqueeze(-1).expand_as(centroids))
-        cells, bounds = label_order(labels, clusters)
-        if iterations:
-            means = block_mean(x, perm=cells, offsets=bounds, valid=valid)
-            full = bounds.diff(dim=-1) > 0
-            if valid is not None:
-                full = _counts(labels, clusters, valid) > 0
-            centroids = torch.where(full.unsqueeze(-1), means, centroids)
-        memory[slot] = centroids
-        return _blocks(cells, bounds, where)
+        return _blocks(labels, clusters, where), centroids
 
 
-def _counts(labels: Tensor, clusters: int, valid: Tensor) -> Tensor:
-    """Valid tokens of every cluster, ``[B, H, C]``."""
-    counts = labels.new_zeros(*labels.shape[:2], clusters)
-    return counts.scatter_add_(-1, labels, valid.long().unsqueeze(1).expand_as(labels))
+def _query_means(blocked: Blocked) -> tuple[Tensor, Tensor]:
+    """Means of the query blocks' valid tokens, and how many these are."""
+    blocks, valid = blocked.queries, blocked.geometry.key_valid
+    if valid is None:
+        return blocked.query_mean(), blocks.sizes
+    _, bounds = valid_order(blocks.perm, blocks.offsets, valid)
+    mean = block_mean(blocked.q, perm=blocks.perm, offsets=blocks.offsets, valid=valid)
+    return mean, bounds.diff(dim=-1)
 
 
-def _blocks(cells: Tensor, bounds: Tensor, where: Geometry) -> Blocks:
+def _moved(centroids: Tensor, means: Tensor, count: Tensor) -> Tensor:
+    """Means of the clusters, the first blocks; one without a token stays where it was."""
+    clusters = centroids.shape[2]
+    some = (count[..., :clusters] > 0).unsqueeze(-1)
+    return torch.where(some, means[:, :, :clusters], centroids)
+
+
+def _blocks(labels: Tensor, clusters: int, where: Geometry) -> Blocks:
     """Clusters of the video tokens, in the model's order inside each, and then the text.
 
     Args:
-        cells: int64 ``[B, H, V]``, video tokens by cluster.
-        bounds: int32 ``[B, H, C + 1]``, where the clusters, empty ones included, are cut.
+        labels: int64 ``[B, H, V]``.
+        clusters: how many, empty ones included.
         where: of what.
     """
-    batch, heads, _ = cells.shape
-    device = cells.device
+    batch, heads, _ = labels.shape
+    device = labels.device
     start, stop = where.text_span
+    cells, bounds = label_order(labels, clusters)
     tokens = torch.where(cells < start, cells, cells + (stop - start))
     text = torch.arange(start, stop, device=device).expand(batch, heads, -1)
     # made where it is used: a copy from the host would wait for the device
     number = torch.arange(1, -(-(stop - start) // TEXT_BLOCK) + 1, device=device)
-    ends = (number * TEXT_BLOCK).clamp(max=stop - start) + cells.shape[-1]
+    ends = (number * TEXT_BLOCK).clamp(max=stop - start) + labels.shape[-1]
     ends = ends.to(torch.int32).expand(batch, heads, -1)
     offsets = torch.cat([bounds, ends], -1)
-    return Blocks(torch.cat([tokens, text], -1), offsets, bounds.shape[-1] - 1)
+    return Blocks(torch.cat([tokens, text], -1), offsets, clusters)

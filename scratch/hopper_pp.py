@@ -49,13 +49,25 @@ def _rows_of(entries, turn, row, boxes: gl.constexpr):
 
 
 @gluon.jit
-def _bring(desc, rows, buffer, ready, BOX: gl.constexpr):
-    """The boxes of one turn of a list into one buffer."""
+def _bring(desc, wide, rows, full, buffer, ready, BOX: gl.constexpr):
+    """The boxes of one turn of a list into one buffer; full ones of a run at once, 64 rows each.
+
+    ``full``: how many of the boxes, the first ones, are full. These rise by a box at least.
+    """
     width: gl.constexpr = buffer.shape[0]
     depth: gl.constexpr = buffer.shape[1]
+    boxes: gl.constexpr = 64 // BOX
     mbarrier.expect(ready, width * depth * 2)
-    for i in gl.static_range(width // BOX):
-        _load(desc, [rows[i], 0], ready, buffer.slice(i * BOX, BOX))
+    for part in gl.static_range(width // 64):
+        first = rows[part * boxes]
+        if BOX == 64:
+            _load(desc, [first, 0], ready, buffer.slice(part * 64, 64))
+        elif (rows[part * boxes + boxes - 1] == first + 64 - BOX) & ((part + 1) * boxes <= full):
+            _load(wide, [first, 0], ready, buffer.slice(part * 64, 64))
+        else:
+            for i in gl.static_range(boxes):
+                row = rows[part * boxes + i]
+                _load(desc, [row, 0], ready, buffer.slice(part * 64 + i * BOX, BOX))
 
 
 @gluon.jit
@@ -95,12 +107,28 @@ def _producer(p, BOX: gl.constexpr, WEIGHT: gl.constexpr, FIRST_ORDER: gl.conste
         rows = _rows_of(p.entries, i, p.row, boxes)
         at = k_turn % k_stages
         mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-        _bring(p.keys, rows, p.k_bufs.index(at), p.k_ready.index(at), BOX)
+        _bring(
+            p.keys,
+            p.wide_keys,
+            rows,
+            p.full - i * boxes,
+            p.k_bufs.index(at),
+            p.k_ready.index(at),
+            BOX,
+        )
         k_turn += 1
         v_turn = p.rest_turns + i
         at = v_turn % v_stages
         mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
-        _bring(p.values, rows, p.v_bufs.index(at), p.v_ready.index(at), BOX)
+        _bring(
+            p.values,
+            p.wide_values,
+            rows,
+            p.full - i * boxes,
+            p.v_bufs.index(at),
+            p.v_ready.index(at),
+            BOX,
+        )
     if FIRST_ORDER:
         v_turn = p.rest_turns + turns
         at = v_turn % v_stages
@@ -361,6 +389,8 @@ class _Parts:
     cov_row: gl.tensor
     keys: tma.tensor_descriptor
     values: tma.tensor_descriptor
+    wide_keys: tma.tensor_descriptor
+    wide_values: tma.tensor_descriptor
     rest_keys: tma.tensor_descriptor
     rest_values: tma.tensor_descriptor
     rest_var: tma.tensor_descriptor
@@ -393,6 +423,8 @@ def attend_kernel(
     q,
     keys,
     values,
+    wide_keys,
+    wide_values,
     rest_keys,
     rest_values,
     rest_var,
@@ -518,6 +550,8 @@ def attend_kernel(
             head * D,
             keys,
             values,
+            wide_keys,
+            wide_values,
             rest_keys,
             rest_values,
             rest_var,
@@ -573,7 +607,7 @@ def attend(
     tables.append(terms["cov"] if first_order else tables[0])
     attend_kernel[problem.grid](
         q,
-        *(_described(x, box) for x in (problem.keys, problem.values)),
+        *(_described(x, size) for size in (box, 64) for x in (problem.keys, problem.values)),
         *(_described(x, 64) for x in tables),
         problem.queries.perm,
         *problem.q_tiles,
@@ -627,6 +661,7 @@ def _specimen(dtype: str, depth: int, box: int, weight: int, first_order: bool) 
         **dict.fromkeys(("q_perm", "q_block", "q_span", "listed", "counts"), "*i32"),
         **dict.fromkeys(("init_lse", "lse", "rest_bias"), "*fp32"),
         **dict.fromkeys(("keys", "values"), bits[box]),
+        **dict.fromkeys(("wide_keys", "wide_values"), bits[64]),
         **dict.fromkeys(("rest_keys", "rest_values", "rest_var", "cov"), bits[64]),
         "code": "*i8",
         "scale": "fp32",
