@@ -37,6 +37,7 @@ _TURN = 128
 """Keys of a turn."""
 # renamed between Triton 3.6 and 3.9
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
 @gluon.jit
@@ -329,13 +330,11 @@ def _consumer(
         acc += first * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
     if WEIGHT == 0:  # noqa: SIM102
         if step == 2:
-            # the second group had the odd turns, and so this buffer to itself
-            other = p.k_bufs.index(1)._reinterpret(gl.float32, [rows, depth], _PLAIN)
             if group == 1:
-                other.store(acc)
+                p.handed.store(acc)
                 p.sums.index(0).store(m)
                 p.sums.index(1).store(mass)
-                gl.thread_barrier()
+                _barrier()
                 mbarrier.arrive(p.joined, count=1)
             else:
                 mbarrier.wait(p.joined, 0)
@@ -347,7 +346,7 @@ def _consumer(
                 m = peak
                 mass = mass * fade + p.sums.index(1).load(row_of) * fade_other
                 acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
-                acc += other.load(result) * gl.expand_dims(
+                acc += p.handed.load(result) * gl.expand_dims(
                     gl.convert_layout(fade_other, acc_row), 1
                 )
 
@@ -402,6 +401,7 @@ class _Parts:
     cov_ready: gl.shared_memory_descriptor
     joined: gl.shared_memory_descriptor
     sums: gl.shared_memory_descriptor
+    handed: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(self, *values):
@@ -495,8 +495,10 @@ def attend_kernel(
         )
         if WEIGHT != 0:
             square_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], shared)
+            handed = sums
         else:
             square_bufs = q_bufs
+            handed = gl.allocate_shared_memory(gl.float32, [64, D], _PLAIN)
         for stage in gl.static_range(k_stages):
             mbarrier.init(k_ready.index(stage), count=1)
         for stage in gl.static_range(2):
@@ -559,13 +561,15 @@ def attend_kernel(
             cov_ready,
             joined,
             sums,
+            handed,
         )
-        first = (parts, 0, q_bufs.index(0), square_bufs.index(0), BOX, WEIGHT, FIRST_ORDER, INIT)
-        second = (parts, 1, q_bufs.index(1), square_bufs.index(1), BOX, WEIGHT, FIRST_ORDER, INIT)
+        q_0, q_1 = q_bufs.index(0), q_bufs.index(1)
+        square_0, square_1 = square_bufs.index(0), square_bufs.index(1)
+        # constants would be none if these tuples had names
         gl.warp_specialize(
             [
-                (_consumer, first),
-                (_consumer, second),
+                (_consumer, (parts, 0, q_0, square_0, BOX, WEIGHT, FIRST_ORDER, INIT)),
+                (_consumer, (parts, 1, q_1, square_1, BOX, WEIGHT, FIRST_ORDER, INIT)),
                 (_producer, (parts, BOX, WEIGHT, FIRST_ORDER)),
             ],
             [4, 1],
