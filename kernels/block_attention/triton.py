@@ -247,7 +247,7 @@ def block_attention(
             lambda: pooled(keys.offsets, length, levels, box, k_longest),
         )
     if k_longest is None:
-        listed, counts = packed_runs(code, keys.offsets, *q.shape[:2], length, bn, AHEAD)
+        listed, counts = packed_runs(code, keys.offsets, q.shape[0], q.shape[1], length, bn, AHEAD)
     else:
         k_tiles = tiles_of(keys, length, bn, k_longest)
         listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
@@ -266,16 +266,18 @@ def block_attention(
     )
 
     def attend(problem: Problem, rest: RestTerms | None, size: int, onto: Any) -> None:
+        # a first-order term goes by the rest's share of the mass, and `onto` would be part of it
+        within = on_hopper and (rest is None or rest.cov_sum is None)
         if on_hopper:
             from dit_accel.kernels.block_attention import hopper
 
-            hopper.attend(problem, rest, size, onto)
+            hopper.attend(problem, rest, size, onto if within else None)
         else:
             _attend(problem, rest, bm, size, chosen)
-            if onto is not None:
-                made = merge(problem.out, problem.lse, *onto)
-                for mine, new in zip((problem.out, problem.lse), made, strict=True):
-                    mine.copy_(new)
+        if onto is not None and not within:
+            made = merge(problem.out, problem.lse, *onto)
+            for mine, new in zip((problem.out, problem.lse), made, strict=True):
+                mine.copy_(new)
 
     attend(problem, rest, bn, onto)
     if pyramid is not None:
