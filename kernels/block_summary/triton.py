@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_summary.api import BlockSummary
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
-from dit_accel.kernels.packed import compact
+from dit_accel.kernels.packed import compact, remembered
 from dit_accel.kernels.specimen import Specimen
 
 _TILE = 64
@@ -130,7 +131,7 @@ def block_summary(
         k, v, perm, offsets, num_video, key_valid, values=True, var=want_var, cov=want_cov
     )
     return BlockSummary(
-        bounds.diff(dim=-1).long(),
+        remembered(perm, bounds, "counts", lambda: bounds.diff(dim=-1).long()),
         made["k_mean"],
         made["v_mean"],
         made["k_var"] if want_var else None,
@@ -170,18 +171,14 @@ def _run(
         "cov_norm": new(cov, blocks),
         "cov_part": new(cov, parts, depth, depth),
     }
-    summary_kernel[(parts, batch * heads)](
-        k,
-        v,
-        *order,
-        *made.values(),
-        heads,
-        blocks,
-        num_video,
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *lead_strides(order.perm),
-        *lead_strides(order.offsets),
+    launch(
+        summary_kernel,
+        (parts, batch * heads),
+        (k, v, *order, *made.values()),
+        (
+            *(heads, blocks, num_video, *k.stride()[:3], *v.stride()[:3]),
+            *(*lead_strides(order.perm), *lead_strides(order.offsets)),
+        ),
         D=depth,
         TILE=_TILE,
         RUN=run,

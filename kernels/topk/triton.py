@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.specimen import Specimen
 
 
@@ -40,8 +41,13 @@ def topk_mask(score: Tensor, wanted: Tensor) -> Tensor:
     score, wanted = score.contiguous(), wanted.contiguous()
     mask = torch.empty(score.shape, dtype=torch.int8, device=score.device)
     block = triton.next_power_of_2(width)
-    topk_kernel[(rows, batch * heads)](
-        score, wanted, mask, rows, width, BLOCK=block, num_warps=_warps(block)
+    launch(
+        topk_kernel,
+        (rows, batch * heads),
+        (score, wanted, mask),
+        (rows, width),
+        BLOCK=block,
+        num_warps=_warps(block),
     )
     return mask.view(torch.bool)
 
