@@ -239,7 +239,8 @@ def report(
     """
     length = blocked.q.shape[2]
     every = dense_pairs(blocked.q, blocked.geometry.key_valid, prefix)
-    return Report(_exact_pairs(blocked, plan) + computed * length, every)
+    exact = _exact_pairs(blocked, plan)
+    return Report(exact + computed * length if computed else exact, every)
 
 
 def _exact_pairs(blocked: Blocked, plan: Plan | TokenPlan) -> Tensor:

@@ -56,7 +56,7 @@ def gather_rows(x: Tensor, tokens: Tensor, out: Tensor, first_pair: int, pairs: 
     block = 64
     launch(
         _gather,
-        (triton.cdiv(places, block), pairs),
+        (-(-places // block), pairs),
         (x, tokens, out),
         (*x.stride()[:3], *lead_strides(tokens), x.shape[1], places, first_pair),
         D=x.shape[3],
@@ -113,7 +113,7 @@ def gather_both(x: Tensor, y: Tensor, tokens: Tensor, x_out: Tensor, y_out: Tens
     block = 64
     launch(
         _gather_both,
-        (triton.cdiv(places, block), batch * heads),
+        (-(-places // block), batch * heads),
         (x, y, tokens, x_out, y_out),
         (
             *(*x.stride()[:3], *y.stride()[:3], *lead_strides(tokens)),

@@ -7,6 +7,7 @@ of the turn before, and computes its softmax while the latter runs (FlashAttenti
 products.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -553,6 +554,7 @@ def _described(x: Tensor, box: int) -> Any:
     return TensorDescriptor.from_tensor(rows, [box, x.shape[-1]], shared_layout())
 
 
+@lru_cache(maxsize=1)
 def shared_layout() -> Any:
     """How rows lie in shared memory."""
     return gl.NVMMASharedLayout(128, 16, 2)

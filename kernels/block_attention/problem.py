@@ -194,7 +194,7 @@ def tables_of(
         rows = height - length
         launch(
             pool_kernel,
-            (triton.cdiv(rows, _ROWS), batch * heads, 2),
+            (-(-rows // _ROWS), batch * heads, 2),
             (keys, values, pyramid.span),
             (heads, rows, height, length, *lead_strides(pyramid.span)),
             MOST=max(pyramid.levels),

@@ -91,7 +91,7 @@ def rest_tables(rest: RestTerms | None, like: Tensor, scale: float) -> dict[str,
     k_mean, v_mean, count = (x.contiguous() for x in (rest.k_mean, rest.v_mean, rest.count))
     k_var = k_mean if rest.k_var is None else rest.k_var.contiguous()
     cov_sum = k_mean if rest.cov_sum is None else rest.cov_sum.contiguous()
-    parts = triton.cdiv(blocks, _ROWS) + (triton.cdiv(depth, _ROWS) if first_order else 0)
+    parts = -(-blocks // _ROWS) + (-(-depth // _ROWS) if first_order else 0)
     launch(
         tables_kernel,
         (parts, batch * heads),

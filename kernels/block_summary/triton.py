@@ -157,7 +157,7 @@ def _run(
     order = compact(perm, offsets, valid)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     run = _RUN if cov else 4
-    parts = triton.cdiv(blocks, run)
+    parts = -(-blocks // run)
 
     def new(wanted: bool, *shape: int) -> Tensor:
         # what is not wanted is never written, but must be somewhere

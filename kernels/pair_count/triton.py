@@ -69,7 +69,7 @@ def pair_count(code: Tensor, keys: Tensor, queries: Tensor | None) -> Tensor:
     code = code.contiguous().view(torch.int8)
     keys, sizes = keys.contiguous(), sizes.contiguous()
     run = max(_ROWS, min(_PROGRAMS, 2**19 // max(1, columns)) // _ROWS * _ROWS)
-    parts = max(1, triton.cdiv(rows, run))
+    parts = max(1, -(-rows // run))
     found = torch.empty(batch, heads, parts, dtype=torch.int64, device=code.device)
     launch(
         count_kernel,

@@ -114,10 +114,10 @@ def pooled_topk(
     shape, device = (batch, heads, all_rows, blocks), q_mean.device
     score = torch.empty(shape, dtype=torch.float32, device=device)
     code = torch.empty(shape, dtype=torch.int8, device=device)
-    wide = max(_CHUNK, triton.next_power_of_2(blocks))
+    wide = max(_CHUNK, 1 << (blocks - 1).bit_length())
     launch(
         plan_kernel,
-        (triton.cdiv(all_rows, _ROWS), batch * heads),
+        (-(-all_rows // _ROWS), batch * heads),
         (q_mean, k_mean, count, k_mean if norm is None else norm.contiguous(), score, code),
         (
             *(heads, all_rows, blocks, rows, columns),

@@ -40,7 +40,7 @@ def topk_mask(score: Tensor, wanted: Tensor) -> Tensor:
     batch, heads, rows, width = score.shape
     score, wanted = score.contiguous(), wanted.contiguous()
     mask = torch.empty(score.shape, dtype=torch.int8, device=score.device)
-    block = triton.next_power_of_2(width)
+    block = 1 << (width - 1).bit_length()
     launch(
         topk_kernel,
         (rows, batch * heads),
