@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
 from dit_accel import crossover
@@ -306,7 +306,10 @@ class MethodProcessor:
         """
         if self.method.is_dense(ctx):
             return True
-        choice = crossover.choose(self.method, ctx, like, like.shape[0] * heads, head_dim)
+        torchs = self._attention_backend in (None, AttentionBackendName.NATIVE)
+        against: Literal["sdpa", "best"] = "sdpa" if torchs else "best"
+        heads *= like.shape[0]
+        choice = crossover.choose(self.method, ctx, like, heads, head_dim, against)
         if choice is None:
             return False
         binding.session.log.note(choice)
