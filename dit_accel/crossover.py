@@ -40,8 +40,8 @@ class Crossover:
         share: its density, or what its budget is called; ``None`` where it has none.
         layer: the layer, modulo how many a layout treats in turn; ``None`` where all are alike.
         heads, head_dim: of the batch together, and the size of each.
-        against: which dense attention: ``"sdpa"``, torch's own choice, or the ``"best"`` of that and
-            cuDNN.
+        against: which dense attention: ``"sdpa"``, torch's own choice, or the ``"best"`` of that
+            and cuDNN.
         tokens: the shortest length measured from which on the method was faster at every one;
             ``None`` where it was not at the longest.
         longest: the longest that was measured.
@@ -155,8 +155,8 @@ def _reason(row: Crossover, architecture: str, share: str) -> str:
     else:
         found = f"it was faster than dense attention from {row.tokens:,} tokens on"
     return (
-        f"{row.method}: dense attention takes its place, since on sm_{architecture.replace('.', '')} "
-        f"with {', '.join(settings)} {found}; dense_below=0 turns this off"
+        f"{row.method}: dense attention takes its place, since on sm_{architecture.replace('.', '')}"
+        f" with {', '.join(settings)} {found}; dense_below=0 turns this off"
     )
 
 

@@ -94,9 +94,9 @@ def dense_times(q: Tensor, k: Tensor, v: Tensor, device: str, budget_ms: float) 
 
     found = {"sdpa": took(plain, device, 1, budget_ms)}
     others = [took(cudnn, device, 1, budget_ms)] if device == "cuda" else []
-    return found | {"best": min(found["sdpa"], *others)} if others else found | {
-        "best": found["sdpa"]
-    }
+    return (
+        found | {"best": min(found["sdpa"], *others)} if others else found | {"best": found["sdpa"]}
+    )
 
 
 def method_time(
@@ -241,7 +241,9 @@ def write(made: Mapping[str, Any], path: Path) -> None:
     for architecture, figures in known.items():
         each = ",\n   ".join(json.dumps(row) for row in figures["rows"])
         about = json.dumps(figures["measured"])
-        lines.append(f' "{architecture}": {{\n  "measured": {about},\n  "rows": [\n   {each}\n  ]\n }}')
+        lines.append(
+            f' "{architecture}": {{\n  "measured": {about},\n  "rows": [\n   {each}\n  ]\n }}'
+        )
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

@@ -1,8 +1,8 @@
 """Launching a kernel without what Triton does at every launch to find the binary of the last one.
 
 ``kernel[grid](...)`` types and specialises every argument, makes a key of text, builds a record for
-hooks, and asks the driver about every pointer: 20 to 100 microseconds, more than a kernel of a short
-sequence runs. A call whose integers, types and alignment were seen before needs none of that.
+hooks, and asks the driver about every pointer, which may take longer than the kernel of a short
+sequence does. A call whose integers, types and alignment were seen before needs none of that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ _LOOKED_AT = ("3.6.", "3.9.")
 """Releases of Triton whose launchers take what `launch` gives them; others launch as usual."""
 _DIRECT = triton.__version__.startswith(_LOOKED_AT)
 _MOST = 4096
-"""Launches that are remembered; beyond, all are forgotten, since shapes change that often only where
-the time of a launch is not what counts."""
+"""Launches that are remembered; beyond that all are forgotten, and remembered anew."""
 
 _known: dict[Any, tuple[Any, ...]] = {}
 
@@ -42,7 +41,9 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, pointers, sizes, **constants)
         return
-    given, kinds, bits = [], [], 0
+    given: list[Any] = []
+    kinds: list[Any] = []
+    bits = 0
     for one in pointers:
         if isinstance(one, torch.Tensor):
             address = one.data_ptr()

@@ -35,8 +35,9 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
         target: a diffusers pipeline, or one of its transformers.
         method: the name of a preset, or a `Method`, such as ``Method.from_config("fast.yaml")``.
         options: of the preset, such as ``density=0.15``; ``dense_steps``, ``dense_layers`` and
-            ``dense_below`` may be given beside a `Method` too. What is not given is the preset's default, or what an
-            embedded model suggests (`dit_accel.pipelines.embedded.Embedded.method_options`).
+            ``dense_below`` may be given beside a `Method` too. What is not given is the preset's
+            default, or what an embedded model suggests
+            (`dit_accel.pipelines.embedded.Embedded.method_options`).
 
     Returns:
         ``target`` itself.

@@ -11,8 +11,8 @@ from dit_accel.kernels.block_summary.api import check_valid
 from dit_accel.kernels.dense_attention.backends import attend, why_not
 
 PARTIAL_BACKENDS: Final = ("auto", "flash3", "xformers", "flash", "chunked")
-"""Of partial attention: ``flash3``, FlashAttention-3; ``xformers``; ``flash``, torch's own flash attention; and ``chunked``,
-plain torch, anywhere, fp32 inside."""
+"""Of partial attention: ``flash3``, FlashAttention-3; ``xformers``; ``flash``, torch's own flash
+attention; and ``chunked``, plain torch, anywhere, fp32 inside."""
 
 
 def dense_attention(
@@ -64,8 +64,8 @@ def partial_attention(
         key_valid: bool ``[B, Lk]``; ``False`` keys contribute nothing, whatever they hold.
         scale: of the logits; ``D ** -0.5`` by default.
         backend: one of `PARTIAL_BACKENDS`. ``"auto"`` is the first of ``"flash3"`` and
-            ``"xformers"`` (where they are installed, on CUDA), ``"flash"`` (on CUDA fp16 or bf16, ``D`` a multiple of 8 up to 256)
-            and ``"chunked"`` that can run; with a key mask it is the last. A named one never falls
+            ``"xformers"`` (where they are installed, on CUDA), ``"flash"`` (on CUDA fp16 or bf16,
+            ``D`` a multiple of 8 up to 256) and ``"chunked"`` that can run; with a key mask it is the last. A named one never falls
             back.
 
     Returns:
