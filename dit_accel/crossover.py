@@ -154,9 +154,10 @@ def _reason(row: Crossover, architecture: str, share: str) -> str:
         found = f"it was slower than dense attention at up to {row.longest:,} tokens"
     else:
         found = f"it was faster than dense attention from {row.tokens:,} tokens on"
+    where = f"sm_{architecture.replace('.', '')} with {', '.join(settings)}"
     return (
-        f"{row.method}: dense attention takes its place, since on sm_{architecture.replace('.', '')}"
-        f" with {', '.join(settings)} {found}; dense_below=0 turns this off"
+        f"{row.method}: dense attention takes its place, since on {where} {found}; dense_below=0 "
+        "turns this off"
     )
 
 

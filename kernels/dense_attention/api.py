@@ -65,8 +65,8 @@ def partial_attention(
         scale: of the logits; ``D ** -0.5`` by default.
         backend: one of `PARTIAL_BACKENDS`. ``"auto"`` is the first of ``"flash3"`` and
             ``"xformers"`` (where they are installed, on CUDA), ``"flash"`` (on CUDA fp16 or bf16,
-            ``D`` a multiple of 8 up to 256) and ``"chunked"`` that can run; with a key mask it is the last. A named one never falls
-            back.
+            ``D`` a multiple of 8 up to 256) and ``"chunked"`` that can run; with a key mask it is
+            the last. A named one never falls back.
 
     Returns:
         ``out`` ``[B, H, Lq, D]`` in ``q``'s dtype; ``lse`` ``[B, H, Lq]``, natural log, in fp32
