@@ -27,6 +27,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 """What the figures, measured in bf16, are for."""
 
 
+_MOST = 4096
+"""Calls that a `Chooser` remembers."""
+
+
 class DenseWarning(UserWarning):
     """A method steps aside for dense attention, which is faster at this length."""
 
@@ -144,6 +148,39 @@ def choose(
     if row is None or not row.says_dense(ctx.geometry.length):
         return None
     return Choice(_reason(row, architecture, "" if budget is None else budget[0]))
+
+
+class Chooser:
+    """`choose` for a method, which looks up what it has found before.
+
+    Attributes:
+        method: which.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self._known: dict[Any, Choice | None] = {}
+
+    def __call__(
+        self,
+        ctx: Context,
+        like: Tensor,
+        heads: int,
+        head_dim: int,
+        against: Literal["sdpa", "best"] = "sdpa",
+    ) -> Choice | None:
+        """As `choose`."""
+        if self.method.schedule.dense_below != "auto":
+            return None
+        budget = self.method.budget
+        share = None if budget is None else share_at(*budget, ctx)
+        where = ctx.geometry.length, ctx.layer, ctx.prefix is None
+        key = (*where, share, like.dtype, like.device, heads, head_dim, against)
+        if key not in self._known:
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            self._known[key] = choose(self.method, ctx, like, heads, head_dim, against)
+        return self._known[key]
 
 
 def _reason(row: Crossover, architecture: str, share: str) -> str:

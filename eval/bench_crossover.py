@@ -211,7 +211,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("expected a GPU, which is what is measured, got none")
     heads = [int(word) for word in given.heads.split(",")]
     made = measure(names, heads, given.budget_ms, lambda text: print(text, flush=True))
-    print(json.dumps(made))
+    print("\n".join(lines(made)))
     if given.into is not None:
         write(made, given.into)
     return 0
@@ -227,6 +227,21 @@ def measure(
         rows = sweep(names, heads, budget_ms=budget_ms, say=say)
     about = signed({"device": torch.cuda.get_device_name(), "methods": list(names)})
     return {architecture: {"measured": about, "rows": crossovers(rows)}}
+
+
+def lines(made: Mapping[str, Any]) -> Iterator[str]:
+    """The figures in words, one setting a line."""
+    for architecture, figures in made.items():
+        for row in figures["rows"]:
+            share = "" if row["share"] is None else f", share {row['share']:g}"
+            layer = "" if row["layer"] is None else f", layer {row['layer']}"
+            rest = row["options"].get("rest")
+            tokens = row["tokens"]
+            found = f"not up to {row['longest']:,}" if tokens is None else f"from {tokens:,}"
+            yield (
+                f"sm_{architecture.replace('.', '')} {row['method']}, rest {rest}{share}{layer}, "
+                f"{row['heads']} heads: faster than {row['against']} {found} tokens"
+            )
 
 
 def write(made: Mapping[str, Any], path: Path) -> None:

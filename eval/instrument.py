@@ -18,13 +18,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from dit_accel.crossover import choose
 from dit_accel.errors import InputError
 from dit_accel.eval.peak_memory import status
 from dit_accel.eval.samples import Flops
+from dit_accel.pipelines.dense_choice import choice_of, head_dim_of
 from dit_accel.pipelines.families import family_of, models_of
 from dit_accel.pipelines.plug import session_of
-from dit_accel.pipelines.session import MethodProcessor, binding_of, head_dim_of
+from dit_accel.pipelines.session import MethodProcessor, binding_of
 from dit_accel.recorder import Recorder, recording
 
 
@@ -100,9 +100,10 @@ def _is_dense(attn: Any, tokens: torch.Tensor) -> bool:
     processor = attn.processor
     if not isinstance(processor, MethodProcessor):
         return True
-    ctx, heads = binding_of(attn).context(), tokens.shape[0] * attn.heads
-    method, depth = processor.method, head_dim_of(attn, tokens)
-    return method.is_dense(ctx) or choose(method, ctx, tokens, heads, depth) is not None
+    ctx, depth = binding_of(attn).context(), head_dim_of(attn, tokens)
+    if processor.method.is_dense(ctx):
+        return True
+    return choice_of(processor, ctx, tokens, attn.heads, depth) is not None
 
 
 # -- operations -----------------------------------------------------------------------------------

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from dit_accel import crossover
 from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.pipelines.clock import Clock, Moment
 from dit_accel.pipelines.compiled import attend as compiled_attend
 from dit_accel.pipelines.compiled import number_of, scalar
+from dit_accel.pipelines.dense_choice import choice_of, head_dim_of
 from dit_accel.pipelines.densities import DensityLog, Record
 from dit_accel.pipelines.families import Chunk
 from dit_accel.state import State
@@ -253,12 +253,6 @@ def binding_of(attn: nn.Module) -> Binding:
     return binding
 
 
-def head_dim_of(attn: Any, hidden_states: Tensor) -> int:
-    """The head size of an attention module, which says how wide it is, or is as wide as tokens."""
-    width: int = getattr(attn, "inner_dim", None) or hidden_states.shape[-1]
-    return width // int(attn.heads)
-
-
 class MethodProcessor:
     """What the processors of all families share; diffusers' own class is the next base.
 
@@ -306,14 +300,10 @@ class MethodProcessor:
         """
         if self.method.is_dense(ctx):
             return True
-        torchs = self._attention_backend in (None, AttentionBackendName.NATIVE)
-        against: Literal["sdpa", "best"] = "sdpa" if torchs else "best"
-        heads *= like.shape[0]
-        choice = crossover.choose(self.method, ctx, like, heads, head_dim, against)
-        if choice is None:
-            return False
-        binding.session.log.note(choice)
-        return True
+        choice = choice_of(self, ctx, like, heads, head_dim)
+        if choice is not None:
+            binding.session.log.note(choice)
+        return choice is not None
 
     def attend(
         self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None

@@ -53,6 +53,7 @@ def test_the_method_where_it_is_faster_or_is_asked_for(pipe, go, figures):
     with warnings.catch_warnings():
         warnings.simplefilter("error", DenseWarning)
         figures(36)
+        dit_accel.accelerate(pipe, "pisa", **SPARSE)
         assert torch.equal(go(pipe), wanted)
         figures(37)
         dit_accel.accelerate(pipe, "pisa", **SPARSE, dense_below=0)
