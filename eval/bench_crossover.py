@@ -209,11 +209,11 @@ def main(words: Sequence[str] | None = None) -> int:
             parser.error(f"--methods: expected some of {', '.join(SETTINGS)}, got {name!r}")
     if not torch.cuda.is_available():
         parser.error("expected a GPU, which is what is measured, got none")
-    heads = [int(word) for word in given.heads.split(",")]
-    made = measure(names, heads, given.budget_ms, lambda text: print(text, flush=True))
-    print("\n".join(lines(made)))
-    if given.into is not None:
-        write(made, given.into)
+    for heads in (int(word) for word in given.heads.split(",")):
+        made = measure(names, [heads], given.budget_ms, lambda text: print(text, flush=True))
+        print("\n".join(lines(made)), flush=True)
+        if given.into is not None:
+            write(made, given.into)
     return 0
 
 
@@ -245,12 +245,12 @@ def lines(made: Mapping[str, Any]) -> Iterator[str]:
 
 
 def write(made: Mapping[str, Any], path: Path) -> None:
-    """Put figures into a file, in place of those of the same architecture and methods."""
+    """Put figures into a file, in place of those of the same architecture, methods and heads."""
     known = json.loads(path.read_text()) if path.exists() else {}
     for architecture, new in made.items():
         old = known.get(architecture, {"rows": []})
-        methods = {row["method"] for row in new["rows"]}
-        rows = [row for row in old["rows"] if row["method"] not in methods]
+        ours = {(row["method"], row["heads"]) for row in new["rows"]}
+        rows = [row for row in old["rows"] if (row["method"], row["heads"]) not in ours]
         known[architecture] = {**new, "rows": rows + new["rows"]}
     lines = []
     for architecture, figures in known.items():

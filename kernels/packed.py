@@ -60,6 +60,18 @@ def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
     """
     if valid is None:
         return remembered(perm, offsets, "compact", lambda: _plain(perm, offsets))
+    if valid.is_inference():  # it may have been written to since, and nothing would tell
+        return _masked(perm, offsets, valid)
+    # every layer of a forward has the same mask
+    state = weakref.ref(valid), valid._version
+    known = remembered(perm, offsets, "masked", lambda: [state, None])
+    if known[1] is None or known[0][0]() is not valid or known[0][1] != valid._version:
+        known[:] = state, _masked(perm, offsets, valid)
+    made: Compact = known[1]
+    return made
+
+
+def _masked(perm: Tensor, offsets: Tensor, valid: Tensor) -> Compact:
     batch, heads = valid.shape[0], max(perm.shape[1], offsets.shape[1])
     perm = perm.expand(batch, heads, -1)
     bounds = offsets.long().expand(batch, heads, -1)
