@@ -63,12 +63,10 @@ def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
     if valid.is_inference():  # it may have been written to since, and nothing would tell
         return _masked(perm, offsets, valid)
     # every layer of a forward has the same mask
-    state = weakref.ref(valid), valid._version
-    known = remembered(perm, offsets, "masked", lambda: [state, None])
-    if known[1] is None or known[0][0]() is not valid or known[0][1] != valid._version:
-        known[:] = state, _masked(perm, offsets, valid)
-    made: Compact = known[1]
-    return made
+    known: list[tuple[Any, int, Compact]] = remembered(perm, offsets, "masked", list)
+    if not known or known[0][0]() is not valid or known[0][1] != valid._version:
+        known[:] = [(weakref.ref(valid), valid._version, _masked(perm, offsets, valid))]
+    return known[0][2]
 
 
 def _masked(perm: Tensor, offsets: Tensor, valid: Tensor) -> Compact:
