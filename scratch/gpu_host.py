@@ -49,12 +49,18 @@ def check():
         )
 
 
-check()
-try:
-    check_methods(torch.bfloat16, 128, "cuda")
-    print("check_methods ok %.1fs" % (time.time() - t00), flush=True)
-except Exception as e:
-    print("check_methods", type(e), e)
+if len(sys.argv) < 2:
+    check()
+if len(sys.argv) > 1:  # fill the cache of compiled kernels
+    for shape in ("flux", "wan1.3b"):
+        sh = SHAPES[shape]
+        q, k, v = inputs(sh, torch.bfloat16, "cuda")
+        m, st = METHODS[sys.argv[1]](), State()
+        for step in range(2):
+            m(q, k, v, Context(sh.context.geometry, step=step, num_steps=50, state=st))
+    torch.cuda.synchronize()
+    print("warm", sys.argv[1], "%.1fs" % (time.time() - t00))
+    sys.exit()
 
 
 def back(call, n=60):
