@@ -97,9 +97,9 @@ def tile_kernel(
             others = _rows(values, token, lane < stop - start, depth, v_l)
         next_start = tl.load(bounds + tl.minimum(first + 1, blocks))
         next_stop = tl.load(bounds + tl.minimum(first + 2, blocks))
-        token = tl.load(
-            order + next_start + lane, mask=next_start + lane < next_stop, other=0
-        ).to(tl.int64)
+        token = tl.load(order + next_start + lane, mask=next_start + lane < next_stop, other=0).to(
+            tl.int64
+        )
     for j in tl.range(first, last, num_stages=STAGES):
         inside = lane < stop - start
         if AHEAD:
@@ -232,11 +232,28 @@ def launch(
     return made
 
 
-def specimen(dtype: str, depth: int, tile: int, values: bool, cov: bool, setting=None, how=(False, False, True)) -> Specimen:
+def specimen(
+    dtype: str,
+    depth: int,
+    tile: int,
+    values: bool,
+    cov: bool,
+    setting=None,
+    how=(False, False, True),
+) -> Specimen:
     """The kernel as it is launched."""
     setting = setting or (COV if cov else PLAIN)
     constants = {
-        **{"D": depth, "TILE": tile, "VALUES": values, "VAR": cov, "COV": cov, "GRAM": how[0], "RAW": how[1], "AHEAD": how[2]},
+        **{
+            "D": depth,
+            "TILE": tile,
+            "VALUES": values,
+            "VAR": cov,
+            "COV": cov,
+            "GRAM": how[0],
+            "RAW": how[1],
+            "AHEAD": how[2],
+        },
         **{"STAGES": setting.stages, "PRECISION": "tf32"},
     }
     types = dict.fromkeys(("k", "v"), f"*{dtype}")

@@ -263,9 +263,7 @@ def _launch(
     order: Tensor | None,
     values: bool,
 ) -> None:
-    q, k, v = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (stream.q, stream.k, stream.v)
-    )
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (stream.q, stream.k, stream.v))
     batch, length, heads, depth = q.shape
     if not batch * length:
         return

@@ -101,7 +101,9 @@ def test_dtypes_of_weights_angles_and_results(backend):
     """Angles in fp64 as AnyFlow has them, weights in fp32 beside fp16, results in fp32."""
     streams, cos, sin = problem(torch.float16)
     for wanted in (torch.float16, torch.float32):
-        got = norm_rotary(streams, cos=cos.double(), sin=sin.double(), dtype=wanted, backend=backend)
+        got = norm_rotary(
+            streams, cos=cos.double(), sin=sin.double(), dtype=wanted, backend=backend
+        )
         assert [x.dtype for x in got] == [wanted, wanted, torch.float16]
         close(got, equations(streams, "head", cos, sin), wanted)
     unweighted, *_ = problem(torch.float16, weight=None)
@@ -117,9 +119,7 @@ def test_views_and_every_second_angle(backend):
     heads_first = [
         x.transpose(1, 2).contiguous().transpose(1, 2) for x in (streams[0].q, streams[0].k)
     ]
-    one = Stream(
-        *heads_first, streams[0].v, streams[0].q_weight, streams[0].k_weight, 1e-6, 1e-3
-    )
+    one = Stream(*heads_first, streams[0].v, streams[0].q_weight, streams[0].k_weight, 1e-6, 1e-3)
     exact = equations(streams, "head", cos, sin)
     got = norm_rotary([one], cos=doubled[0], sin=doubled[1], backend=backend)
     close(got, exact, torch.float32)
