@@ -139,7 +139,7 @@ class AnyFlowProcessor(MethodProcessor, AnyFlowCausalAttnProcessor):
         angles = torch.view_as_real(rotary_emb["query"][0, 0])
         made = self.normed(
             attn,
-            [Projected(*parts, attn.norm_q, attn.norm_k)],
+            [Projected.of(parts, attn.norm_q, attn.norm_k)],
             "token",
             (angles[..., 0], angles[..., 1]),
             hidden_states.dtype,

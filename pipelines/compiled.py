@@ -105,8 +105,18 @@ def _norm_rotary(
     streams = []
     for i in range(0, len(projections), 3):
         at = i // 3 * 2
-        pair = weights[at : at + 2] if weights else (None, None)
-        streams.append(Stream(*projections[i : i + 3], *pair, *eps[at : at + 2]))
+        q_weight, k_weight = weights[at : at + 2] if weights else (None, None)
+        streams.append(
+            Stream(
+                projections[i],
+                projections[i + 1],
+                projections[i + 2],
+                q_weight,
+                k_weight,
+                eps[at],
+                eps[at + 1],
+            )
+        )
     q, k, v = run_norm_rotary(
         streams, norm=over or None, cos=cos, sin=sin, dtype=dtype, backend="triton"
     )

@@ -126,9 +126,9 @@ def normed(
     Returns:
         ``[B, H, L, D]`` each, a view of ``[B, L, H, D]``.
     """
-    parts = [Projected(*joint, attn.norm_q, attn.norm_k)]
+    parts = [Projected.of(joint, attn.norm_q, attn.norm_k)]
     if added is not None:
-        parts.insert(0, Projected(*added, attn.norm_added_q, attn.norm_added_k))
+        parts.insert(0, Projected.of(added, attn.norm_added_q, attn.norm_added_k))
     angles = None if rotary_emb is None else angles_of_channels(*rotary_emb, joint[0])
     made = ours.normed(attn, parts, "head", angles)
     if made is not None:

@@ -87,7 +87,7 @@ class HunyuanVideoProcessor(MethodProcessor, HunyuanVideoAttnProcessor2_0):
                 (attn.norm_added_q, attn.norm_added_k),
             )
         parts = [
-            Projected(*(to(x).unflatten(2, (attn.heads, -1)) for to in projections), *norms)
+            Projected.of((to(x).unflatten(2, (attn.heads, -1)) for to in projections), *norms)
             for x, (projections, norms) in ((video, own), (text, added))
         ]
         angles = None if rotary_emb is None else angles_of_channels(*rotary_emb, parts[0].q)

@@ -7,7 +7,7 @@ are. Everything else, and everything on a CPU, runs the modules and diffusers' a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -45,6 +45,12 @@ class Projected(NamedTuple):
     v: Tensor
     norm_q: Any
     norm_k: Any
+
+    @classmethod
+    def of(cls, projections: Iterable[Tensor], norm_q: Any, norm_k: Any) -> Projected:
+        """Of queries, keys and values."""
+        q, k, v = projections
+        return cls(q, k, v, norm_q, norm_k)
 
 
 class Task(NamedTuple):
@@ -123,11 +129,12 @@ def _streams(
     streams: list[Stream] = []
     dtypes: set[torch.dtype | None] = set()
     for part in parts:
-        found = [_norm(norm, x, over) for norm, x in ((part.norm_q, part.q), (part.norm_k, part.k))]
-        for one in found:
-            if isinstance(one, str):
-                return one
-        (q_weight, q_eps, q_dtype), (k_weight, k_eps, k_dtype) = found
+        of_q, of_k = _norm(part.norm_q, part.q, over), _norm(part.norm_k, part.k, over)
+        if isinstance(of_q, str):
+            return of_q
+        if isinstance(of_k, str):
+            return of_k
+        (q_weight, q_eps, q_dtype), (k_weight, k_eps, k_dtype) = of_q, of_k
         if (q_weight is None) != (k_weight is None):
             return "only one of two norms has a weight"
         dtypes |= {q_dtype, k_dtype}

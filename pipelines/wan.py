@@ -71,7 +71,7 @@ class WanProcessor(MethodProcessor, WanAttnProcessor):
             query, key, value = (to(hidden_states) for to in (attn.to_q, attn.to_k, attn.to_v))
         parts = [x.unflatten(2, (attn.heads, -1)) for x in (query, key, value)]
         angles = None if rotary_emb is None else _angles(*rotary_emb, parts[0])
-        made = self.normed(attn, [Projected(*parts, attn.norm_q, attn.norm_k)], "token", angles)
+        made = self.normed(attn, [Projected.of(parts, attn.norm_q, attn.norm_k)], "token", angles)
         if made is None:
             query, key = attn.norm_q(query), attn.norm_k(key)
             query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))

@@ -20,7 +20,9 @@ def norm_rotary(
     dtype: torch.dtype,
     order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    queries, keys, start = [], [], 0
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    start = 0
     for stream in streams:
         stop = start + stream.q.shape[1]
         angles = None
@@ -54,6 +56,6 @@ def _normed(x: Tensor, weight: Tensor | None, eps: float, norm: str | None) -> T
 def _turned(x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
     if angles is None:
         return x
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
     cos, sin = (one.to(x.dtype).unsqueeze(1) for one in angles)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)

@@ -89,7 +89,8 @@ def _one(
     some = tl.arange(0, PART)
     parts = (_loaded(x, some, depth, x_h, HEADS, MASK),)
     for i in tl.static_range(1, STEPS):
-        parts = parts + (_loaded(x, some + i * PART, depth, x_h, HEADS, MASK),)  # noqa: RUF005
+        part = _loaded(x, some + i * PART, depth, x_h, HEADS, MASK)
+        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
     if NORM == 2:
         squares = parts[0] * parts[0]
         for i in tl.static_range(1, STEPS):
