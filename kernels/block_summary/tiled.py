@@ -270,7 +270,16 @@ def specimen(
     )
 
 
-_COV_SIZES = ["heads", "blocks", "num_video", "video_parts", "perm_b", "perm_h", "offset_b", "offset_h"]
+_COV_SIZES = [
+    "heads",
+    "blocks",
+    "num_video",
+    "video_parts",
+    "perm_b",
+    "perm_h",
+    "offset_b",
+    "offset_h",
+]
 
 
 @triton.jit(do_not_specialize=_COV_SIZES)
@@ -324,7 +333,9 @@ def cov_kernel(
         count = stop - start
         inside = lane < count
         token = tl.load(order + start + lane, mask=inside, other=0).to(tl.int64)
-        rows = tl.load(keys + token[:, None] * k_l + depth[None, :], mask=inside[:, None], other=0.0)
+        rows = tl.load(
+            keys + token[:, None] * k_l + depth[None, :], mask=inside[:, None], other=0.0
+        )
         others = tl.load(
             values + token[:, None] * v_l + depth[None, :], mask=inside[:, None], other=0.0
         )
@@ -392,10 +403,27 @@ def cov_launch(k, v, order, num_video, longest, k_mean, v_mean, setting):
     new = lambda *s: torch.empty((batch, heads, *s), dtype=torch.float32, device=k.device)
     norm, part = new(blocks), new(video_parts, depth, depth)
     cov_kernel[(parts, batch * heads)](
-        k, v, *order, k_mean, v_mean, norm, part, heads, blocks, num_video, video_parts,
-        *k.stride()[:3], *v.stride()[:3], *lead_strides(order.perm), *lead_strides(order.offsets),
-        D=depth, TILE=max(16, triton.next_power_of_2(longest)), RUN=run, STAGES=setting.stages,
-        TRANSPOSED=False, num_warps=setting.warps,
+        k,
+        v,
+        *order,
+        k_mean,
+        v_mean,
+        norm,
+        part,
+        heads,
+        blocks,
+        num_video,
+        video_parts,
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *lead_strides(order.perm),
+        *lead_strides(order.offsets),
+        D=depth,
+        TILE=max(16, triton.next_power_of_2(longest)),
+        RUN=run,
+        STAGES=setting.stages,
+        TRANSPOSED=False,
+        num_warps=setting.warps,
     )
     return norm, part
 
@@ -404,22 +432,54 @@ def finish(part, order, num_video, k_mean, v_mean, rows=32, step=32, warps=4):
     batch, heads, blocks, depth = k_mean.shape
     out = torch.empty(batch, heads, depth, depth, dtype=torch.float32, device=part.device)
     finish_kernel[(depth // rows, batch * heads)](
-        part, k_mean, v_mean, order.offsets, out, heads, blocks, num_video, part.shape[2],
-        *lead_strides(order.offsets), D=depth, ROWS=rows, STEP=step, num_warps=warps,
+        part,
+        k_mean,
+        v_mean,
+        order.offsets,
+        out,
+        heads,
+        blocks,
+        num_video,
+        part.shape[2],
+        *lead_strides(order.offsets),
+        D=depth,
+        ROWS=rows,
+        STEP=step,
+        num_warps=warps,
     )
     return out
 
 
 def finish_specimen(rows, step, warps):
     constants = {"D": 128, "ROWS": rows, "STEP": step}
-    types = dict.fromkeys(("cov_part", "k_mean", "v_mean", "cov_sum"), "*fp32") | {"offsets": "*i32"}
-    return Specimen("finish", finish_kernel, typed(finish_kernel, constants, **types), constants, {"num_warps": warps})
+    types = dict.fromkeys(("cov_part", "k_mean", "v_mean", "cov_sum"), "*fp32") | {
+        "offsets": "*i32"
+    }
+    return Specimen(
+        "finish",
+        finish_kernel,
+        typed(finish_kernel, constants, **types),
+        constants,
+        {"num_warps": warps},
+    )
 
 
 def cov_specimen(dtype, depth, tile, setting):
-    constants = {"D": depth, "TILE": tile, "RUN": setting.run, "STAGES": setting.stages, "TRANSPOSED": False}
+    constants = {
+        "D": depth,
+        "TILE": tile,
+        "RUN": setting.run,
+        "STAGES": setting.stages,
+        "TRANSPOSED": False,
+    }
     types = dict.fromkeys(("k", "v"), f"*{dtype}")
     types |= dict.fromkeys(("perm", "offsets"), "*i32")
     types |= dict.fromkeys(("k_mean", "v_mean", "cov_norm", "cov_part"), "*fp32")
-    return Specimen(f"cov {setting}", cov_kernel, typed(cov_kernel, constants, **types), constants,
-        {"num_warps": setting.warps}, aligned=("k_b", "k_h", "k_l", "v_b", "v_h", "v_l"))
+    return Specimen(
+        f"cov {setting}",
+        cov_kernel,
+        typed(cov_kernel, constants, **types),
+        constants,
+        {"num_warps": setting.warps},
+        aligned=("k_b", "k_h", "k_l", "v_b", "v_h", "v_l"),
+    )

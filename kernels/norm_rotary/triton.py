@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -14,8 +15,9 @@ from dit_accel.kernels.specimen import Specimen, typed
 
 _TILE = 1024
 """Channels of a token that a program takes at a time: 8 for each thread of 4 warps."""
-_TOKENS = 2
-"""Tokens of a program."""
+
+
+_NORMS = {None: 0, "head": 1, "token": 2}
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def _one(
         _stored(out, head, depth, out_h, part, HEADS, MASK)
 
 
-@triton.jit(do_not_specialize=["length", "q_eps", "k_eps"])
+@triton.jit(do_not_specialize=["q_eps", "k_eps"])
 def norm_rotary_kernel(
     q,
     k,
@@ -123,7 +125,6 @@ def norm_rotary_kernel(
     q_out,
     k_out,
     v_out,
-    length,
     q_eps,
     k_eps,
     q_b,
@@ -152,74 +153,75 @@ def norm_rotary_kernel(
     TURN: tl.constexpr,
     VALUES: tl.constexpr,
     ORDER: tl.constexpr,
-    TOKENS: tl.constexpr,
 ):
-    """Some tokens of a batch element: their queries, their keys and, if wanted, their values."""
+    """A token of a batch element: its queries, its keys and, if wanted, its values."""
     b = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * TOKENS
-    pair = tl.arange(0, D // 2)
-    for place in range(first, tl.minimum(first + TOKENS, length)):
-        token = place
-        target = b * out_b + place * out_l
-        if ORDER:
-            token = tl.load(tokens + place).to(tl.int64)
-        if TURN:
-            c = tl.load(cos + token * cos_l + pair * cos_d).to(tl.float32)[None, :]
-            s = tl.load(sin + token * sin_l + pair * sin_d).to(tl.float32)[None, :]
-        else:
-            c = 0.0
-            s = 0.0
-        _one(
-            q + b * q_b + token * q_l,
-            q_weight,
-            q_out + target,
-            c,
-            s,
-            q_eps,
-            q_h,
-            out_h,
-            HEADS,
-            D,
-            PART,
-            STEPS,
-            MASK,
-            NORM,
-            WEIGHT,
-            TURN,
-        )
-        _one(
-            k + b * k_b + token * k_l,
-            k_weight,
-            k_out + target,
-            c,
-            s,
-            k_eps,
-            k_h,
-            out_h,
-            HEADS,
-            D,
-            PART,
-            STEPS,
-            MASK,
-            NORM,
-            WEIGHT,
-            TURN,
-        )
-        if VALUES:
-            depth = tl.arange(0, D)
-            for i in tl.static_range(STEPS):
-                head = i * PART + tl.arange(0, PART)
-                part = _loaded(v + b * v_b + token * v_l, head, depth, v_h, HEADS, MASK)
-                _stored(v_out + target, head, depth, out_h, part, HEADS, MASK)
+    place = tl.program_id(0).to(tl.int64)
+    target = b * out_b + place * out_l
+    token = place
+    if ORDER:
+        token = tl.load(tokens + place).to(tl.int64)
+    c = 0.0
+    s = 0.0
+    if TURN:
+        pair = tl.arange(0, D // 2)
+        c = tl.load(cos + token * cos_l + pair * cos_d).to(tl.float32)[None, :]
+        s = tl.load(sin + token * sin_l + pair * sin_d).to(tl.float32)[None, :]
+    _one(
+        q + b * q_b + token * q_l,
+        q_weight,
+        q_out + target,
+        c,
+        s,
+        q_eps,
+        q_h,
+        out_h,
+        HEADS,
+        D,
+        PART,
+        STEPS,
+        MASK,
+        NORM,
+        WEIGHT,
+        TURN,
+    )
+    _one(
+        k + b * k_b + token * k_l,
+        k_weight,
+        k_out + target,
+        c,
+        s,
+        k_eps,
+        k_h,
+        out_h,
+        HEADS,
+        D,
+        PART,
+        STEPS,
+        MASK,
+        NORM,
+        WEIGHT,
+        TURN,
+    )
+    if VALUES:
+        depth = tl.arange(0, D)
+        for i in tl.static_range(STEPS):
+            head = i * PART + tl.arange(0, PART)
+            part = _loaded(v + b * v_b + token * v_l, head, depth, v_h, HEADS, MASK)
+            _stored(v_out + target, head, depth, out_h, part, HEADS, MASK)
 
 
-def _split(heads: int, depth: int) -> tuple[int, int, bool]:
-    """Heads that are taken at a time, how many times, and whether the last one is short."""
+@lru_cache(maxsize=64)
+def _constants(heads: int, depth: int) -> dict[str, int]:
+    """Heads that are taken at a time, how many times, whether the last are fewer, and warps."""
     most = max(1, _TILE // depth)
     part = min(most, heads & -heads)
     if part < min(4, most):
         part = min(most, triton.next_power_of_2(heads))
-    return part, triton.cdiv(heads, part), heads % part != 0
+    return {
+        **{"HEADS": heads, "D": depth, "PART": part, "STEPS": -(-heads // part)},
+        **{"MASK": heads % part != 0, "num_warps": max(1, min(4, part * depth // 256))},
+    }
 
 
 @torch.no_grad()
@@ -231,26 +233,22 @@ def norm_rotary(
     dtype: torch.dtype,
     order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, heads, depth = streams[0].q.shape
-    length = sum(stream.q.shape[1] for stream in streams)
     like = streams[0].q
-    shape = (batch, length, heads, depth)
-    q, k = (torch.empty(shape, dtype=dtype, device=like.device) for _ in range(2))
-    joined = len(streams) > 1 or order is not None
-    v = torch.empty(shape, dtype=like.dtype, device=like.device) if joined else streams[0].v
+    batch, _, heads, depth = like.shape
+    single = len(streams) == 1
+    length = like.shape[1] if single else sum(stream.q.shape[1] for stream in streams)
+    values = not single or order is not None
+    q = torch.empty((batch, length, heads, depth), dtype=dtype, device=like.device)
+    k = torch.empty_like(q)
+    v = torch.empty_like(q, dtype=like.dtype) if values else streams[0].v
     start = 0
     for stream in streams:
         stop = start + stream.q.shape[1]
-        turn = cos is not None and stop <= cos.shape[0]
-        _launch(
-            stream,
-            (q[:, start:stop], k[:, start:stop], v[:, start:stop]),
-            norm,
-            cos[start:stop] if turn and cos is not None else None,
-            sin[start:stop] if turn and sin is not None else None,
-            order,
-            joined,
-        )
+        out = (q, k, v) if single else (q[:, start:stop], k[:, start:stop], v[:, start:stop])
+        angles = None
+        if cos is not None and sin is not None and stop <= cos.shape[0]:
+            angles = (cos, sin) if start == 0 else (cos[start:], sin[start:])
+        _launch(stream, out, norm, angles, order, values)
         start = stop
     return q, k, v
 
@@ -259,8 +257,7 @@ def _launch(
     stream: Stream,
     out: tuple[Tensor, Tensor, Tensor],
     norm: str | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    angles: tuple[Tensor, Tensor] | None,
     order: Tensor | None,
     values: bool,
 ) -> None:
@@ -268,56 +265,39 @@ def _launch(
     batch, length, heads, depth = q.shape
     if not batch * length:
         return
-    part, steps, mask = _split(heads, depth)
-    weighted = stream.q_weight is not None
+    q_weight, k_weight = stream.q_weight, stream.k_weight
+    weighted = q_weight is not None and k_weight is not None
     # what is not there is never read, but must be somewhere
-    angles = (q, q) if cos is None or sin is None else (cos, sin)
-    weights = (stream.q_weight, stream.k_weight) if weighted else (q, k)
-    norm_rotary_kernel[(triton.cdiv(length, _TOKENS), batch)](
-        q,
-        k,
-        v,
-        *(x.contiguous() for x in weights if x is not None),
-        *angles,
-        q if order is None else order,
+    cos, sin = angles or (q, q)
+    norm_rotary_kernel[(length, batch)](
+        *(q, k, v),
+        *((q_weight.contiguous(), k_weight.contiguous()) if weighted else (q, k)),
+        *(cos, sin, q if order is None else order),
         *out,
-        length,
-        stream.q_eps,
-        stream.k_eps,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *angles[0].stride()[:2],
-        *angles[1].stride()[:2],
-        *out[0].stride()[:3],
-        HEADS=heads,
-        D=depth,
-        PART=part,
-        STEPS=steps,
-        MASK=mask,
-        NORM={None: 0, "head": 1, "token": 2}[norm],
+        *(stream.q_eps, stream.k_eps),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *(*cos.stride()[:2], *sin.stride()[:2], *out[0].stride()[:3]),
+        NORM=_NORMS[norm],
         WEIGHT=weighted,
-        TURN=cos is not None,
+        TURN=angles is not None,
         VALUES=values,
         ORDER=order is not None,
-        TOKENS=_TOKENS,
-        num_warps=max(1, min(4, part * depth // 256)),
+        **_constants(heads, depth),
     )
 
 
 def _specimen(name: str, dtype: str, heads: int, depth: int, **switches: int) -> Specimen:
-    part, steps, mask = _split(heads, depth)
-    constants = {
-        **{"HEADS": heads, "D": depth, "PART": part, "STEPS": steps, "MASK": mask},
-        **{"WEIGHT": True, "TURN": True, "VALUES": False, "ORDER": False, "TOKENS": _TOKENS},
+    constants: dict[str, int] = {
+        **_constants(heads, depth),
+        **{"WEIGHT": True, "TURN": True, "VALUES": False, "ORDER": False},
         **switches,
     }
+    options = {"num_warps": constants.pop("num_warps")}
     tensors = ("q", "k", "v", "q_weight", "k_weight", "q_out", "k_out", "v_out")
     types = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("cos", "sin"), "*fp32")
     types |= {"tokens": "*i32", "q_eps": "fp32", "k_eps": "fp32"}
     signature = typed(norm_rotary_kernel, constants, **types)
     strides = tuple(n for n in signature if n[-2:] in ("_b", "_l", "_h"))
-    options = {"num_warps": max(1, min(4, part * depth // 256))}
     return Specimen(name, norm_rotary_kernel, signature, constants, options, aligned=strides)
 
 
