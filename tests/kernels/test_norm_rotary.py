@@ -195,6 +195,6 @@ def test_guards_name_what_is_wrong():
         norm_rotary(streams[:1], order=torch.arange(4))
     with pytest.raises(ValueError, match="backend: expected one of"):
         norm_rotary(streams, backend="batched")
+    wide = torch.zeros(1, 1, 1025, 16)
     with pytest.raises(ValueError, match="norms at most 16384 channels together"):
-        wide = torch.zeros(1, 1, 1025, 16)
         norm_rotary([Stream(wide, wide, wide)], norm="token", backend="triton")

@@ -15,7 +15,6 @@ from dit_accel import InputError
 from dit_accel.pipelines import norms, plug, session_of
 from dit_accel.pipelines.norms import Projected, Task, task_of
 
-
 SPARSE = {"density": 0.5, "block_size": 8}
 
 
