@@ -295,8 +295,7 @@ def block_mean(
     x: Tensor, perm: Tensor, offsets: Tensor, valid: Tensor | None, longest: int | None = None
 ) -> Tensor:
     made, _ = _run(x, x, perm, offsets, 0, valid, longest, values=False, var=False, cov=False)
-    mean = made["k_mean"]
-    assert mean is not None
+    mean: Tensor = made["k_mean"]
     return mean
 
 
@@ -333,7 +332,7 @@ def _run(
 ) -> tuple[dict[str, Any], Tensor]:
     order = compact(perm, offsets, valid)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    made = dict.fromkeys(("k_mean", "v_mean", "k_var", "cov_sum", "cov_norm"))
+    made: dict[str, Any] = dict.fromkeys(("k_mean", "v_mean", "k_var", "cov_sum", "cov_norm"))
     if longest is not None and longest <= _LONGEST:
         tile = max(16, triton.next_power_of_2(longest))
         late = tile <= _TILE and k.dtype in _LATE and _capability(k.device) >= (9, 0)
@@ -463,7 +462,10 @@ def _plain_constants(depth: int, values: bool, var: bool, cov: bool) -> dict[str
 
 
 def _specimen(kernel: Any, name: str, dtype: str, constants: dict[str, Any]) -> Specimen:
-    options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+    options: dict[str, Any] = {}
+    for option in ("num_warps", "num_stages"):
+        if option in constants:
+            options[option] = constants.pop(option)
     names = ("k_mean", "v_mean", "k_var", "cov_norm", "cov_part", "cov_sum")
     types = {
         **dict.fromkeys(("k", "v"), f"*{dtype}"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_accel.kernels.block_attention import block_attention
+from dit_accel.kernels.block_attention import block_attention, groups
+from dit_accel.kernels.block_attention import triton as block_attention_triton
 from dit_accel.kernels.block_summary import block_mean, block_summary
 from dit_accel.kernels.block_summary import triton as block_summary_triton
 from dit_accel.kernels.packed import START_BIT, compact, tiles
@@ -271,3 +272,32 @@ def test_pooled_levels(masked, dtype):
     exact, low, got = both(run, q, q, k, v)
     no_worse(got[0], low[0], exact[0], dtype)
     no_worse(got[1], low[1], exact[1], dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("levels", [False, True])
+def test_groups_of_heads_change_nothing(monkeypatch, batch, levels):
+    """With everything that has heads: orders, a plan, a rest, a mask, attention to be merged."""
+    q, k, v, queries, keys, code, valid = shared.problem(
+        batch=batch, heads=5, length=41, depth=16, dtype=torch.float32
+    )
+    if levels:
+        code[0, 1::2, 2] = 2
+    rest = shared.terms(k, v, keys, valid, "taylor", "global", "reference")
+    onto = torch.randn(q.shape), torch.randn(q.shape[:3])
+    options = {"rest": rest, "onto": onto, "backend": "triton"}
+    whole = shared.run(q, k, v, queries, keys, code, valid, **options)
+    seen = []
+    each = 2 * 41 * 16 * 4  # bytes of a head's keys and values
+    monkeypatch.setattr(groups, "COPY_BYTES", 2 * each)
+    monkeypatch.setattr(
+        block_attention_triton,
+        "block_attention",
+        lambda q, *a, run=block_attention_triton.block_attention, **o: (
+            seen.append(q.shape[:2]),
+            run(q, *a, **o),
+        ),
+    )
+    got = shared.run(q, k, v, queries, keys, code, valid, **options)
+    assert seen == [(1, 1), (1, 2), (1, 2)] * batch
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
