@@ -265,13 +265,14 @@ def _launch(
     batch, length, heads, depth = q.shape
     if not batch * length:
         return
-    q_weight, k_weight = stream.q_weight, stream.k_weight
-    weighted = q_weight is not None and k_weight is not None
     # what is not there is never read, but must be somewhere
+    weights, weighted = (q, k), False
+    if stream.q_weight is not None and stream.k_weight is not None:
+        weights, weighted = (stream.q_weight.contiguous(), stream.k_weight.contiguous()), True
     cos, sin = angles or (q, q)
     norm_rotary_kernel[(length, batch)](
         *(q, k, v),
-        *((q_weight.contiguous(), k_weight.contiguous()) if weighted else (q, k)),
+        *weights,
         *(cos, sin, q if order is None else order),
         *out,
         *(stream.q_eps, stream.k_eps),
