@@ -133,11 +133,12 @@ def _cut(
 class Pooled(NamedTuple):
     """Where the means of each level stand in a table behind the keys, and their tiles.
 
-    ``rows`` by level: int32 ``[B|1, H|1, R]`` spans of the keys that each row is the mean of;
-    ``tiles`` of all levels together; ``height``, rows of the table.
+    ``levels``, in this order; ``span`` int32 ``[B|1, H|1, R]``, the keys that each row is the mean
+    of; ``tiles`` of all levels together; ``height``, rows of the table.
     """
 
-    rows: dict[int, Tensor]
+    levels: tuple[int, ...]
+    span: Tensor
     tiles: Tiles
     height: int
 
@@ -150,9 +151,9 @@ def pooled(
     The last mean of a block may be of fewer keys, and is then a tile of its own.
     """
     counts = offsets.diff(dim=-1).long()
-    rows, parts, base = {}, [], length
+    rows, parts, base = [], [], length
     for level in levels:
-        rows[level] = tiles(offsets, length, level, longest).span
+        rows.append(tiles(offsets, length, level, longest).span)
         per_block = -(-counts // level)
         first = per_block.cumsum(-1) - per_block + base
         whole, left = counts // level, counts % level
@@ -166,6 +167,6 @@ def pooled(
                 torch.where(left > 0, span, 0).to(torch.int32),
             )
         )
-        base += rows[level].shape[-1]
+        base += rows[-1].shape[-1]
     joined = (torch.cat(column, -1).contiguous() for column in zip(*parts, strict=True))
-    return Pooled(rows, Tiles(*joined), base)
+    return Pooled(levels, torch.cat(rows, -1).contiguous(), Tiles(*joined), base)

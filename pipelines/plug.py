@@ -41,9 +41,10 @@ def accelerate(
             runs: ``"auto"``, a kernel on a GPU that it is for, and diffusers' modules elsewhere;
             ``"triton"``, the kernel or an error; ``"diffusers"``. What ran in the latest call is
             ``session_of(pipe).log.norm_rotary``.
-        options: of the preset, such as ``density=0.15``; ``dense_steps`` and ``dense_layers`` may
-            be given beside a `Method` too. What is not given is the preset's default, or what an
-            embedded model suggests (`dit_accel.pipelines.embedded.Embedded.method_options`).
+        options: of the preset, such as ``density=0.15``; ``dense_steps``, ``dense_layers`` and
+            ``dense_below`` may be given beside a `Method` too. What is not given is the preset's
+            default, or what an embedded model suggests
+            (`dit_accel.pipelines.embedded.Embedded.method_options`).
 
     Returns:
         ``target`` itself.
@@ -220,12 +221,12 @@ def make_method(method: str | Method, **options: Any) -> Method:
         raise InputError(
             f"method: expected a preset's name or a Method, got {type(method).__name__}"
         )
-    schedule = {"dense_steps", "dense_layers"}
+    schedule = {"dense_steps", "dense_layers", "dense_below"}
     for name in options:
         if name not in schedule:
             raise InputError(
-                f"{method.name}: expected only dense_steps or dense_layers beside a Method, got "
-                f"{name!r}"
+                f"{method.name}: expected only dense_steps, dense_layers or dense_below beside a "
+                f"Method, got {name!r}"
             )
     if not options:
         return method

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
+from dit_accel import crossover
 from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
 from dit_accel.method import Method
@@ -181,8 +182,8 @@ class Session:
                 ctx.step,
                 ctx.layer,
                 ctx.branch,
-                report.exact_pairs.sum(),
-                report.all_pairs.sum(),
+                report.exact_pairs,
+                report.all_pairs,
                 binding.norms,
             )
         )
@@ -258,6 +259,12 @@ def binding_of(attn: nn.Module) -> Binding:
     return binding
 
 
+def head_dim_of(attn: Any, hidden_states: Tensor) -> int:
+    """The head size of an attention module, which says how wide it is, or is as wide as tokens."""
+    width: int = getattr(attn, "inner_dim", None) or hidden_states.shape[-1]
+    return width // int(attn.heads)
+
+
 class MethodProcessor:
     """What the processors of all families share; diffusers' own class is the next base.
 
@@ -294,7 +301,8 @@ class MethodProcessor:
         if torch.compiler.is_compiling():
             return False
         binding, ctx = self.begin(attn)
-        if not self.method.is_dense(ctx):
+        depth = head_dim_of(attn, hidden_states)
+        if not self.is_dense(binding, ctx, hidden_states, attn.heads, depth):
             return False
         self.note_dense(binding, ctx, hidden_states, attn.heads, beside)
         return True
@@ -335,6 +343,23 @@ class MethodProcessor:
         binding.norms = "triton"
         return task.run()
 
+    def is_dense(
+        self, binding: Binding, ctx: Context, like: Tensor, heads: int, head_dim: int
+    ) -> bool:
+        """Whether a call, ``like`` in batch, dtype and device, is left to dense attention: by the
+        method, or since that is faster here.
+        """
+        if self.method.is_dense(ctx):
+            return True
+        torchs = self._attention_backend in (None, AttentionBackendName.NATIVE)
+        against: Literal["sdpa", "best"] = "sdpa" if torchs else "best"
+        heads *= like.shape[0]
+        choice = crossover.choose(self.method, ctx, like, heads, head_dim, against)
+        if choice is None:
+            return False
+        binding.session.log.note(choice)
+        return True
+
     def attend(
         self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
@@ -365,7 +390,7 @@ class MethodProcessor:
     def run(self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`attend`, outside of any graph: here it is decided what this step is."""
         binding, ctx = self.begin(attn)
-        if not self.method.is_dense(ctx):
+        if not self.is_dense(binding, ctx, q, q.shape[1], q.shape[3]):
             out, report = self.method(q, k, v, ctx)
             binding.record(ctx, report)
             return out.transpose(1, 2).flatten(2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.pipelines.families import Family
-from dit_accel.pipelines.norms import Angles, Projected
+from dit_accel.pipelines.norms import Angles, Projected, angles_of_channels
 from dit_accel.pipelines.session import MethodProcessor
 from dit_accel.types import Geometry
 
@@ -87,7 +87,7 @@ def _angles(cos: Tensor, sin: Tensor, like: Tensor) -> Angles | str:
     """As `angles_of_channels`, of angles ``[1, L, 1, D]``."""
     if cos.ndim != 4 or cos.shape[0] != 1 or cos.shape[2] != 1 or cos.shape != sin.shape:
         return f"angles are {list(cos.shape)} and {list(sin.shape)}"
-    return cos[0, :, 0, 0::2], sin[0, :, 0, 1::2]
+    return angles_of_channels(cos[0, :, 0], sin[0, :, 0], like)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

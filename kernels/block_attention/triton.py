@@ -22,9 +22,12 @@ from dit_accel.kernels.block_attention.problem import (
     Problem,
     packed,
     pooled_parts,
-    table_of,
+    tables_of,
     tiles_of,
 )
+from dit_accel.kernels.block_attention.tables import SPECIMENS as TABLE_SPECIMENS
+from dit_accel.kernels.block_attention.tables import rest_tables
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.merge.triton import merge
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
@@ -250,8 +253,7 @@ def block_attention(
     listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
-        table_of(k, keys, pyramid),
-        table_of(v, keys, pyramid),
+        *tables_of(k, v, keys, pyramid),
         queries,
         q_tiles,
         listed,
@@ -295,30 +297,35 @@ def _attend(
         for x in (problem.keys, problem.values)
     ]
     terms = rest_tables(rest, q, problem.scale)
-    attend_kernel[problem.grid](
-        q,
-        *described,
-        problem.queries.perm,
-        *problem.q_tiles,
-        problem.listed,
-        problem.counts,
-        problem.code,
-        *terms.values(),
-        problem.out,
-        problem.lse,
-        q.shape[1],
-        q.shape[2],
-        problem.keys.shape[2],
-        *problem.code.shape[2:],
-        problem.listed.shape[-1],
-        problem.grid[0],
-        problem.scale,
-        *q.stride()[:3],
-        *lead_strides(problem.queries.perm),
-        *lead_strides(problem.q_tiles.span),
-        *lead_strides(problem.code),
-        *lead_strides(terms["bias"]),
-        *problem.out.stride()[:3],
+    launch(
+        attend_kernel,
+        problem.grid,
+        (
+            q,
+            *described,
+            problem.queries.perm,
+            *problem.q_tiles,
+            problem.listed,
+            problem.counts,
+            problem.code,
+            *terms.values(),
+            problem.out,
+            problem.lse,
+        ),
+        (
+            *q.shape[1:3],
+            problem.keys.shape[2],
+            *problem.code.shape[2:],
+            problem.listed.shape[-1],
+            problem.grid[0],
+            problem.scale,
+            *q.stride()[:3],
+            *lead_strides(problem.queries.perm),
+            *lead_strides(problem.q_tiles.span),
+            *lead_strides(problem.code),
+            *lead_strides(terms["bias"]),
+            *problem.out.stride()[:3],
+        ),
         D=depth,
         BM=bm,
         BN=bn,
@@ -345,23 +352,6 @@ def _setting(q: Tensor, k_longest: int | None) -> dict[str, Any]:
         "num_warps": 4 if wide else 8,
         "hopper": hopper,
     }
-
-
-def rest_tables(rest: RestTerms | None, like: Tensor, scale: float) -> dict[str, Tensor]:
-    """Tables of the rest in the inputs' dtype; logits' parts in powers of two."""
-    empty = torch.empty(1, 1, 1, dtype=torch.float32, device=like.device)
-    if rest is None:
-        return {"k": like, "v": like, "var": like, "bias": empty, "cov": like}
-    made = {"k": rest.k_mean.to(like.dtype), "v": rest.v_mean.to(like.dtype)}
-    made["var"] = like
-    if rest.k_var is not None and rest.weight != "plain":
-        made["var"] = (rest.k_var * 0.5).to(like.dtype).contiguous()
-    made["bias"] = (rest.count.float().log() * LOG2E).contiguous()
-    made["cov"] = like
-    if rest.cov_sum is not None:
-        tokens = rest.count[..., : rest.num_video].sum(-1).clamp(min=1)[..., None, None]
-        made["cov"] = (rest.cov_sum * scale / tokens).to(like.dtype).contiguous()
-    return {name: tensor.contiguous() if name in "kv" else tensor for name, tensor in made.items()}
 
 
 def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, Any]) -> Specimen:
@@ -391,7 +381,7 @@ def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, 
     return Specimen(name, attend_kernel, signature, constants, options)
 
 
-SPECIMENS = PLAN_SPECIMENS + (
+SPECIMENS = [*PLAN_SPECIMENS, *TABLE_SPECIMENS] + (
     [
         _specimen(
             f"attend {dtype} D{depth}{' rest' if rest else ''}",

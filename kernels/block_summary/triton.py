@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dit_accel.kernels.backends import capability
 from dit_accel.kernels.block_summary.api import BlockSummary
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
-from dit_accel.kernels.packed import Compact, compact
+from dit_accel.kernels.packed import Compact, compact, remembered
 from dit_accel.kernels.specimen import Specimen, typed
 
 _TILE = 64
@@ -314,7 +315,8 @@ def block_summary(
     made, bounds = _run(
         k, v, perm, offsets, num_video, key_valid, longest, values=True, var=want_var, cov=want_cov
     )
-    return BlockSummary(bounds.diff(dim=-1).long(), **made)
+    counts = remembered(perm, bounds, "counts", lambda: bounds.diff(dim=-1).long())
+    return BlockSummary(counts, **made)
 
 
 def _run(
@@ -367,12 +369,12 @@ def _means(
     made = _new(k, blocks, *names)
     mean = made["k_mean"]
     if blocks:
-        mean_kernel[(blocks, batch * heads)](
-            *(k, v, *order),
+        launch(
+            mean_kernel,
+            (blocks, batch * heads),
             # what is not wanted is never written, but must be somewhere
-            *(mean, made.get("v_mean", mean), made.get("k_var", mean)),
-            *(heads, blocks),
-            *_shared(k, v, order),
+            (k, v, *order, mean, made.get("v_mean", mean), made.get("k_var", mean)),
+            (heads, blocks, *_shared(k, v, order)),
             **_mean_constants(depth, tile, values, var),
         )
     return made
@@ -399,15 +401,18 @@ def _covariances(
 
     part, norm, total = new(video_parts, depth, depth), new(blocks), new(depth, depth)
     if parts:
-        cov_kernel[(parts, batch * heads)](
-            *(k, v, *order, norm, part),
-            *(heads, blocks, num_video, video_parts),
-            *_shared(k, v, order),
+        launch(
+            cov_kernel,
+            (parts, batch * heads),
+            (k, v, *order, norm, part),
+            (heads, blocks, num_video, video_parts, *_shared(k, v, order)),
             **_cov_constants(depth, tile, flat=_capability(k.device) >= (10, 0)),
         )
-    finish_kernel[(max(1, depth // _ROWS), batch * heads)](
-        *(part, k_mean, v_mean, order.offsets, total),
-        *(heads, blocks, num_video, video_parts, *lead_strides(order.offsets)),
+    launch(
+        finish_kernel,
+        (max(1, depth // _ROWS), batch * heads),
+        (part, k_mean, v_mean, order.offsets, total),
+        (heads, blocks, num_video, video_parts, *lead_strides(order.offsets)),
         **_finish_constants(depth),
     )
     return {"cov_sum": total, "cov_norm": norm}
@@ -443,11 +448,11 @@ def _plainly(
     if cov:
         norm = torch.empty((batch, heads, blocks), dtype=torch.float32, device=k.device)
         part = norm.new_empty((batch, heads, parts, depth, depth))
-    summary_kernel[(parts, batch * heads)](
-        *(k, v, *order),
-        *(mean, made.get("v_mean", mean), made.get("k_var", mean), norm, part),
-        *(heads, blocks, num_video),
-        *_shared(k, v, order),
+    launch(
+        summary_kernel,
+        (parts, batch * heads),
+        (k, v, *order, mean, made.get("v_mean", mean), made.get("k_var", mean), norm, part),
+        (heads, blocks, num_video, *_shared(k, v, order)),
         **_plain_constants(depth, values, var, cov),
         PRECISION="ieee" if k.dtype == torch.float32 else "tf32",
     )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.norm_rotary.api import Stream
 from dit_accel.kernels.specimen import Specimen, typed
 
@@ -270,14 +271,15 @@ def _launch(
     if stream.q_weight is not None and stream.k_weight is not None:
         weights, weighted = (stream.q_weight.contiguous(), stream.k_weight.contiguous()), True
     cos, sin = angles or (q, q)
-    norm_rotary_kernel[(length, batch)](
-        *(q, k, v),
-        *weights,
-        *(cos, sin, q if order is None else order),
-        *out,
-        *(stream.q_eps, stream.k_eps),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        *(*cos.stride()[:2], *sin.stride()[:2], *out[0].stride()[:3]),
+    launch(
+        norm_rotary_kernel,
+        (length, batch),
+        (q, k, v, *weights, cos, sin, q if order is None else order, *out),
+        (
+            *(stream.q_eps, stream.k_eps),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+            *(*cos.stride()[:2], *sin.stride()[:2], *out[0].stride()[:3]),
+        ),
         NORM=_NORMS[norm],
         WEIGHT=weighted,
         TURN=angles is not None,
