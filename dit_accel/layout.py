@@ -69,6 +69,7 @@ class Blocked:
             key_valid=self.geometry.key_valid,
             k_var=need_var,
             cov=need_cov,
+            longest=self.keys.longest,
         )
         if known is None:
             known = Summary(found.count, found.k_mean, found.v_mean)
@@ -83,7 +84,10 @@ class Blocked:
         """``q̄_i``: fp32 (fp64 for fp64) ``[B, H, Nq, D]``, zero for an empty block. Cached."""
         if "query_mean" not in self._cache:
             self._cache["query_mean"] = block_mean(
-                self.q, perm=self.queries.perm, offsets=self.queries.offsets
+                self.q,
+                perm=self.queries.perm,
+                offsets=self.queries.offsets,
+                longest=self.queries.longest,
             )
         mean: Tensor = self._cache["query_mean"]
         return mean

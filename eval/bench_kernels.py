@@ -26,12 +26,13 @@ import torch
 
 from dit_accel.eval.kernel_cases import CASES, SHAPES, Case, Shape, inputs
 from dit_accel.eval.kernel_checks import CHECKS
+from dit_accel.eval.memory_cases import MEMORY_CASES, MEMORY_CHECKS
 from dit_accel.eval.method_cases import check_methods, method_cases
 from dit_accel.eval.peak_memory import cuda_peak
 from dit_accel.eval.records import dumps, signed
 
-ALL_CASES = {**CASES, "methods": method_cases}
-ALL_CHECKS = {**CHECKS, "methods": check_methods}
+ALL_CASES = {**CASES, **MEMORY_CASES, "methods": method_cases}
+ALL_CHECKS = {**CHECKS, **MEMORY_CHECKS, "methods": check_methods}
 """Operations, and whole calls of methods."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

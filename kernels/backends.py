@@ -89,7 +89,12 @@ def interpreted() -> bool:
 
 def is_hopper(device: torch.device) -> bool:
     """Whether a device is one of compute capability 9.0."""
-    return device.type == "cuda" and _capability(device.index or 0) == (9, 0)
+    return device.type == "cuda" and capability(device) == (9, 0)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return _capability(device.index or 0)
 
 
 @lru_cache(maxsize=8)

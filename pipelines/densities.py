@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ class Record:
         model: the transformer's name in the pipeline.
         step, layer, branch: where; step -1 is a forward that fills a KV cache.
         exact_pairs, all_pairs: ``[B, H]``, as in `dit_accel.types.Report`.
+        norms: who computed norms and rotary embedding: ``"triton"``, ``"diffusers"``, or that and
+            why it was not the kernel.
     """
 
     model: str
@@ -31,6 +34,7 @@ class Record:
     branch: str
     exact_pairs: Tensor
     all_pairs: Tensor
+    norms: str = "diffusers"
 
     @property
     def exact(self) -> Tensor:
@@ -97,6 +101,11 @@ class DensityLog:
         for (step, layer), value in self.by(lambda r: (r.step, r.layer)).items():
             found.setdefault(step, {})[layer] = value
         return found
+
+    @property
+    def norm_rotary(self) -> dict[str, int]:
+        """How many calls had their norms and rotary embedding from whom (`Record.norms`)."""
+        return dict(Counter(record.norms for record in self.records))
 
     def by(self, key: Callable[[Record], Any]) -> dict[Any, float]:
         """Densities of groups of records."""

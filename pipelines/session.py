@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.pipelines.clock import Clock, Moment
 from dit_accel.pipelines.compiled import attend as compiled_attend
+from dit_accel.pipelines.compiled import norm_rotary as compiled_norm_rotary
 from dit_accel.pipelines.compiled import number_of, scalar
 from dit_accel.pipelines.dense_choice import choice_of, head_dim_of
 from dit_accel.pipelines.densities import DensityLog, Record
 from dit_accel.pipelines.families import Chunk
+from dit_accel.pipelines.norms import DIFFUSERS, Angles, Over, Projected, task_of
 from dit_accel.state import State
 from dit_accel.types import Context, Geometry, Report
 
@@ -182,8 +184,10 @@ class Session:
                 ctx.branch,
                 report.exact_pairs,
                 report.all_pairs,
+                binding.norms,
             )
         )
+        binding.norms = DIFFUSERS
 
 
 class Link:
@@ -208,6 +212,7 @@ class Binding:
         model: name of the transformer in the pipeline.
         layer, num_layers: which of its layers this is, and how many there are.
         number: int64 scalar under which a compiled graph finds this.
+        norms: who computed norms and rotary embedding of the call under way; see `Record`.
     """
 
     def __init__(
@@ -217,6 +222,7 @@ class Binding:
         self.layer, self.num_layers = layer, num_layers
         self._module = weakref.ref(module)
         self.number = number_of(self)
+        self.norms = DIFFUSERS
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.session, self.model, self.layer, self.num_layers, self._module()
@@ -258,10 +264,13 @@ class MethodProcessor:
 
     Attributes:
         method: what runs.
+        norm_rotary: who computes norms and rotary embedding of a call that does not step aside, of
+            `norms.CHOICES`.
     """
 
     _parallel_config: Any
     _attention_backend: Any
+    norm_rotary: str = "auto"
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -291,6 +300,42 @@ class MethodProcessor:
             return False
         self.note_dense(binding, ctx, hidden_states, attn.heads, beside)
         return True
+
+    def normed(
+        self,
+        attn: nn.Module,
+        parts: Sequence[Projected],
+        over: Over,
+        angles: Angles | str | None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Queries and keys after norms and rotation, by the kernel; ``None`` leaves it to modules.
+
+        Args:
+            attn: the module.
+            parts, over, angles, dtype: as of `norms.task_of`.
+
+        Returns:
+            ``q``, ``k`` and ``v``, ``[B, L, H, D]``, streams joined.
+
+        Raises:
+            InputError: the kernel was named, and cannot do it.
+        """
+        task = task_of(self.norm_rotary, parts, over, angles, dtype)
+        binding = binding_of(attn)
+        if isinstance(task, str):
+            if self.norm_rotary == "triton":
+                raise InputError(
+                    f"norm_rotary: expected norms and angles that the kernel takes, got 'triton', "
+                    f"and {task}"
+                )
+            if not torch.compiler.is_compiling():
+                binding.norms = task if task == DIFFUSERS else f"{DIFFUSERS}: {task}"
+            return None
+        if torch.compiler.is_compiling():
+            return compiled_norm_rotary(binding.number, task)
+        binding.norms = "triton"
+        return task.run()
 
     def is_dense(
         self, binding: Binding, ctx: Context, like: Tensor, heads: int, head_dim: int

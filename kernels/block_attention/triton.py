@@ -230,7 +230,10 @@ def block_attention(
     levels: tuple[int, ...] = (),
     onto: tuple[Tensor, Tensor] | None = None,
     setting: dict[str, Any] | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if into is None:
+        into = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     chosen = {**_setting(q, k_longest), **(setting or {})}
     bm, bn, on_hopper = chosen.pop("BM"), chosen.pop("BN"), chosen.pop("hopper")
     queries, keys = compact(q_perm, q_offsets, None), compact(k_perm, k_offsets, key_valid)
@@ -257,8 +260,7 @@ def block_attention(
         counts,
         code,
         scale,
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
+        *into,
     )
 
     def attend(problem: Problem, rest: RestTerms | None, size: int, onto: Any) -> None:
