@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -109,6 +109,7 @@ def _too_old(index: int) -> str | None:
     return None
 
 
+@cache
 def implementation(operation: str, name: str) -> ModuleType:
     """The module of an operation's implementation, imported when it is first used."""
     return importlib.import_module(f"dit_accel.kernels.{operation}.{name}")
