@@ -8,6 +8,7 @@ are. Everything else, and everything on a CPU, runs the modules and diffusers' a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -115,6 +116,13 @@ def _refused(
     choice: str, device: str, dtype: torch.dtype, heads: int, depth: int, over: Over | None
 ) -> str | None:
     """Why the kernel does not take projections of this kind; a constant where graphs are traced."""
+    return _known_refusal(choice, device, dtype, heads, depth, over)
+
+
+@lru_cache(maxsize=64)
+def _known_refusal(
+    choice: str, device: str, dtype: torch.dtype, heads: int, depth: int, over: Over | None
+) -> str | None:
     like = torch.empty((0, 0, heads, depth), dtype=dtype, device=device)
     reason = refusal(like, over)
     if reason is None and choice == "auto" and resolve("auto", like, KNOWN) != "triton":

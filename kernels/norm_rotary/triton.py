@@ -113,7 +113,7 @@ def _one(
         _stored(out, head, depth, out_h, part, HEADS, MASK)
 
 
-@triton.jit(do_not_specialize=["q_eps", "k_eps"])
+@triton.jit(do_not_specialize=["start", "q_eps", "k_eps"])
 def norm_rotary_kernel(
     q,
     k,
@@ -126,6 +126,7 @@ def norm_rotary_kernel(
     q_out,
     k_out,
     v_out,
+    start,
     q_eps,
     k_eps,
     q_b,
@@ -158,16 +159,17 @@ def norm_rotary_kernel(
     """A token of a batch element: its queries, its keys and, if wanted, its values."""
     b = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0).to(tl.int64)
-    target = b * out_b + place * out_l
+    target = b * out_b + (start + place) * out_l
     token = place
     if ORDER:
         token = tl.load(tokens + place).to(tl.int64)
+    turn = start + token
     c = 0.0
     s = 0.0
     if TURN:
         pair = tl.arange(0, D // 2)
-        c = tl.load(cos + token * cos_l + pair * cos_d).to(tl.float32)[None, :]
-        s = tl.load(sin + token * sin_l + pair * sin_d).to(tl.float32)[None, :]
+        c = tl.load(cos + turn * cos_l + pair * cos_d).to(tl.float32)[None, :]
+        s = tl.load(sin + turn * sin_l + pair * sin_d).to(tl.float32)[None, :]
     _one(
         q + b * q_b + token * q_l,
         q_weight,
@@ -245,11 +247,8 @@ def norm_rotary(
     start = 0
     for stream in streams:
         stop = start + stream.q.shape[1]
-        out = (q, k, v) if single else (q[:, start:stop], k[:, start:stop], v[:, start:stop])
-        angles = None
-        if cos is not None and sin is not None and stop <= cos.shape[0]:
-            angles = (cos, sin) if start == 0 else (cos[start:], sin[start:])
-        _launch(stream, out, norm, angles, order, values)
+        turn = cos is not None and stop <= cos.shape[0]
+        _launch(stream, (q, k, v), start, norm, cos if turn else None, sin, order, values)
         start = stop
     return q, k, v
 
@@ -257,12 +256,19 @@ def norm_rotary(
 def _launch(
     stream: Stream,
     out: tuple[Tensor, Tensor, Tensor],
+    start: int,
     norm: str | None,
-    angles: tuple[Tensor, Tensor] | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     order: Tensor | None,
     values: bool,
 ) -> None:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (stream.q, stream.k, stream.v))
+    """Write a stream's tokens from row ``start`` of the result on."""
+    q, k, v = stream.q, stream.k, stream.v
+    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    if not q_strides[3] == k_strides[3] == v_strides[3] == 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
     batch, length, heads, depth = q.shape
     if not batch * length:
         return
@@ -270,19 +276,19 @@ def _launch(
     weights, weighted = (q, k), False
     if stream.q_weight is not None and stream.k_weight is not None:
         weights, weighted = (stream.q_weight.contiguous(), stream.k_weight.contiguous()), True
-    cos, sin = angles or (q, q)
+    turn = cos is not None and sin is not None
+    angles = (cos, sin) if cos is not None and sin is not None else (q, q)
     launch(
         norm_rotary_kernel,
         (length, batch),
-        (q, k, v, *weights, cos, sin, q if order is None else order, *out),
+        (q, k, v, *weights, *angles, q if order is None else order, *out),
         (
-            *(stream.q_eps, stream.k_eps),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            *(*cos.stride()[:2], *sin.stride()[:2], *out[0].stride()[:3]),
+            *(start, stream.q_eps, stream.k_eps, *q_strides[:3], *k_strides[:3], *v_strides[:3]),
+            *(*angles[0].stride()[:2], *angles[1].stride()[:2], *out[0].stride()[:3]),
         ),
         NORM=_NORMS[norm],
         WEIGHT=weighted,
-        TURN=angles is not None,
+        TURN=turn,
         VALUES=values,
         ORDER=order is not None,
         **_constants(heads, depth),

@@ -223,3 +223,27 @@ def test_angles_of_channels():
     assert norms.angles_of_channels(cos[None], cos[None], torch.empty(1, 3, 2, 12)) == (
         "angles are [1, 3, 12] and [1, 3, 12]"
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["no", "default", "reduce-overhead"])
+@pytest.mark.parametrize("name", ["Wan", "HunyuanVideo", "FLUX.1"])
+def test_on_a_gpu(zoo, name, compiled):
+    """The kernel without being named; what it does not take there runs the modules."""
+    family = zoo.FAMILIES[name]
+    axes = {"HunyuanVideo": "rope_axes_dim", "FLUX.1": "axes_dims_rope"}
+    sizes = {axes[name]: (16, 24, 24)} if name in axes else {}
+    pipe = family.pipe(**family.shallow, attention_head_dim=64, **sizes).to("cuda")
+    options = {"density": 1.0, "block_size": 8}
+    dit_accel.accelerate(pipe, "pisa", norm_rotary="diffusers", **options)
+    wanted = family.go(pipe, 2, **family.unguided)
+    dit_accel.accelerate(pipe, "pisa", **options)
+    if compiled != "no":
+        torch._dynamo.reset()
+        pipe.transformer.compile_repeated_blocks(mode=compiled, fullgraph=True)
+    for _ in range(2):
+        got = family.go(pipe, 2, **family.unguided)
+        assert session_of(pipe).log.norm_rotary == {"triton": 2 * layers(pipe)}
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3 * scale)
+    torch._dynamo.reset()
