@@ -134,30 +134,37 @@ class Pooled(NamedTuple):
     """Where the means of each level stand in a table behind the keys, and their tiles.
 
     ``rows`` by level: int32 ``[B|1, H|1, R]`` spans of the keys that each row is the mean of;
-    ``tiles`` of all levels together; ``height``, rows of the table.
+    ``tiles`` of all levels together, ``widths`` of them by level; ``height``, rows of the table.
     """
 
     rows: dict[int, Tensor]
     tiles: Tiles
+    widths: dict[int, int]
     height: int
 
 
 def pooled(
-    offsets: Tensor, length: int, levels: tuple[int, ...], size: int, longest: int | None = None
+    offsets: Tensor,
+    length: int,
+    levels: tuple[int, ...],
+    size: int | Callable[[int], int],
+    longest: int | None = None,
 ) -> Pooled:
-    """Blocks pooled to some levels, in tiles of up to ``size`` means.
+    """Blocks pooled to some levels, in tiles of up to ``size`` means, or what it is for a level.
 
     The last mean of a block may be of fewer keys, and is then a tile of its own.
     """
     counts = offsets.diff(dim=-1).long()
     rows, parts, base = {}, [], length
+    widths = {}
     for level in levels:
+        most_means = size if isinstance(size, int) else size(level)
         rows[level] = tiles(offsets, length, level, longest).span
         per_block = -(-counts // level)
         first = per_block.cumsum(-1) - per_block + base
         whole, left = counts // level, counts % level
         most = None if longest is None else max(1, longest // level)
-        parts.append(_cut(first, whole, length // level, size, most, level))
+        parts.append(_cut(first, whole, length // level, most_means, most, level))
         span = ((first + whole) << START_BIT) | ((left - 1) << LENGTH_BITS) | 1
         block = (torch.arange(counts.shape[-1], device=counts.device) << BLOCK_BIT) + level
         parts.append(
@@ -166,6 +173,7 @@ def pooled(
                 torch.where(left > 0, span, 0).to(torch.int32),
             )
         )
+        widths[level] = sum(part.span.shape[-1] for part in parts[-2:])
         base += rows[level].shape[-1]
     joined = (torch.cat(column, -1).contiguous() for column in zip(*parts, strict=True))
-    return Pooled(rows, Tiles(*joined), base)
+    return Pooled(rows, Tiles(*joined), widths, base)

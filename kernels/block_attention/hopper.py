@@ -23,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.block_attention.levels import LEVELS, TURN, box_of
 from dit_accel.kernels.block_attention.problem import Problem
 from dit_accel.kernels.block_attention.triton import WEIGHTS, rest_tables
 from dit_accel.kernels.order import lead_strides
@@ -32,8 +33,6 @@ from dit_accel.kernels.specimen import Specimen
 _BITS = gl.constexpr(START_BIT)
 _COUNT = gl.constexpr(LENGTH_BITS)
 _MASK = gl.constexpr((1 << LENGTH_BITS) - 1)
-_TURN = 128
-"""Keys of a turn."""
 # renamed between Triton 3.6 and 3.9
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
@@ -68,12 +67,31 @@ def _bring_run(desc, row, buffer, ready):
 
 
 @gluon.jit
-def _producer(p, BOX: gl.constexpr, WEIGHT: gl.constexpr, FIRST_ORDER: gl.constexpr):
+def _bring_turns(p, keys, values, entries, turns, k_turn, v_turn):
+    """Some turns of a list, keys and values."""
+    k_stages: gl.constexpr = p.k_bufs.shape[0]
+    v_stages: gl.constexpr = p.v_bufs.shape[0]
+    box: gl.constexpr = keys.block_shape[0]
+    boxes: gl.constexpr = p.k_bufs.shape[1] // box
+    for i in range(turns):
+        rows = _rows_of(entries, i, p.row, boxes)
+        at = k_turn % k_stages
+        mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
+        _bring(keys, rows, p.k_bufs.index(at), p.k_ready.index(at), box)
+        k_turn += 1
+        at = v_turn % v_stages
+        mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
+        _bring(values, rows, p.v_bufs.index(at), p.v_ready.index(at), box)
+        v_turn += 1
+    return k_turn, v_turn
+
+
+@gluon.jit
+def _producer(p, pooled, WEIGHT: gl.constexpr, FIRST_ORDER: gl.constexpr, POOLED: gl.constexpr):
     k_stages: gl.constexpr = p.k_bufs.shape[0]
     v_stages: gl.constexpr = p.v_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
     depth: gl.constexpr = p.k_bufs.shape[2]
-    boxes: gl.constexpr = width // BOX
     k_turn = gl.to_tensor(0)
     for i in range(p.rest_turns):
         row = p.rest_row + i * width
@@ -89,19 +107,22 @@ def _producer(p, BOX: gl.constexpr, WEIGHT: gl.constexpr, FIRST_ORDER: gl.conste
         at = i % v_stages
         mbarrier.wait(p.v_free.index(at), ((i // v_stages) & 1) ^ 1)
         _bring_run(p.rest_values, row, p.v_bufs.index(at), p.v_ready.index(at))
-    turns = (p.every + boxes - 1) // boxes
-    for i in range(turns):
-        rows = _rows_of(p.entries, i, p.row, boxes)
-        at = k_turn % k_stages
-        mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-        _bring(p.keys, rows, p.k_bufs.index(at), p.k_ready.index(at), BOX)
-        k_turn += 1
-        v_turn = p.rest_turns + i
-        at = v_turn % v_stages
-        mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
-        _bring(p.values, rows, p.v_bufs.index(at), p.v_ready.index(at), BOX)
+    v_turn = p.rest_turns
+    if POOLED:
+        at = p.entries
+        k_turn, v_turn = _bring_turns(p, p.keys, p.values, at, p.turn_1, k_turn, v_turn)
+        at += p.turn_1 * (width // p.keys.block_shape[0])
+        more = p.turn_2 - p.turn_1
+        k_turn, v_turn = _bring_turns(p, pooled[0], pooled[1], at, more, k_turn, v_turn)
+        at += more * (width // pooled[0].block_shape[0])
+        more = p.turn_3 - p.turn_2
+        k_turn, v_turn = _bring_turns(p, pooled[2], pooled[3], at, more, k_turn, v_turn)
+        at += more * (width // pooled[2].block_shape[0])
+        more = p.turns - p.turn_3
+        k_turn, v_turn = _bring_turns(p, pooled[4], pooled[5], at, more, k_turn, v_turn)
+    else:
+        k_turn, v_turn = _bring_turns(p, p.keys, p.values, p.entries, p.turns, k_turn, v_turn)
     if FIRST_ORDER:
-        v_turn = p.rest_turns + turns
         at = v_turn % v_stages
         mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
         _bring_run(p.cov, p.cov_row, p.v_bufs.index(at).slice(0, depth), p.v_ready.index(at))
@@ -113,6 +134,42 @@ def _hide(s, entries, turn, columns, BOX: gl.constexpr):
     boxes: gl.constexpr = s.shape[1] // BOX
     entry = gl.load(entries + turn * boxes + columns // BOX)
     known = (columns % BOX) < (entry & _MASK)
+    pooled = ((entry >> _COUNT) & 7) + 1
+    bias = gl.where(known, gl.log2(pooled.to(gl.float32)), float("-inf"))
+    return s + gl.expand_dims(bias, 0)
+
+
+@gluon.jit
+def _level_of(p, turn):
+    """How often a turn's keys were halved: its level in powers of two."""
+    level = (turn >= p.turn_1).to(gl.int32) + (turn >= p.turn_2).to(gl.int32)
+    return level + (turn >= p.turn_3).to(gl.int32)
+
+
+@gluon.jit
+def _is_plain(p, turn):
+    """Whether all of a turn's boxes are of full length, and all their means of as many keys."""
+    plain = turn < p.plain_0
+    plain = plain | ((turn >= p.turn_1) & (turn < p.plain_1))
+    plain = plain | ((turn >= p.turn_2) & (turn < p.plain_2))
+    return plain | ((turn >= p.turn_3) & (turn < p.plain_3))
+
+
+@gluon.jit
+def _hide_level(s, p, turn, columns, BOX: gl.constexpr):
+    """As `_hide`, where every level has boxes of its own."""
+    width: gl.constexpr = s.shape[1]
+    box_1 = gl.maximum(gl.to_tensor(BOX // 2), 8)
+    box_2 = gl.maximum(gl.to_tensor(BOX // 4), 8)
+    box_3 = gl.maximum(gl.to_tensor(BOX // 8), 8)
+    at = gl.minimum(turn, p.turn_1) * (width // BOX)
+    at += gl.maximum(gl.minimum(turn, p.turn_2) - p.turn_1, 0) * (width // box_1)
+    at += gl.maximum(gl.minimum(turn, p.turn_3) - p.turn_2, 0) * (width // box_2)
+    at += gl.maximum(turn - p.turn_3, 0) * (width // box_3)
+    box = gl.where(turn < p.turn_1, BOX, gl.where(turn < p.turn_2, box_1, box_2))
+    box = gl.where(turn < p.turn_3, box, box_3)
+    entry = gl.load(p.entries + at + columns // box)
+    known = (columns % box) < (entry & _MASK)
     pooled = ((entry >> _COUNT) & 7) + 1
     bias = gl.where(known, gl.log2(pooled.to(gl.float32)), float("-inf"))
     return s + gl.expand_dims(bias, 0)
@@ -138,6 +195,16 @@ def _soften_plain(s, m, mass, by):
 
 
 @gluon.jit
+def _soften_level(s, m, mass, by, level):
+    """As `_soften_plain`, for means of as many keys each."""
+    more = level.to(gl.float32)
+    peak = gl.maximum(m, gl.max(s, 1) * by + more)
+    fade = gl.exp2(m - peak)
+    weights = gl.exp2(s * by - gl.expand_dims(peak - more, 1))
+    return weights, peak, mass * fade + gl.sum(weights, 1), fade
+
+
+@gluon.jit
 def _consumer(
     p,
     group: gl.constexpr,
@@ -147,12 +214,12 @@ def _consumer(
     WEIGHT: gl.constexpr,
     FIRST_ORDER: gl.constexpr,
     INIT: gl.constexpr,
+    POOLED: gl.constexpr,
 ):
     depth: gl.constexpr = q_buf.shape[1]
     k_stages: gl.constexpr = p.k_bufs.shape[0]
     v_stages: gl.constexpr = p.v_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
-    boxes: gl.constexpr = width // BOX
     dtype: gl.constexpr = q_buf.dtype
     rows: gl.constexpr = 64
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // depth, depth // 8], [4, 1], [1, 0])
@@ -244,13 +311,16 @@ def _consumer(
     rest_m = m
     rest_mass = mass
 
-    turns = (p.every + boxes - 1) // boxes
+    turns = p.turns
     if turns > 0:
         at = k_turn % k_stages
         mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
         s = warpgroup_mma(q_buf, p.k_bufs.index(at).permute((1, 0)), nothing, use_acc=False)
         mbarrier.arrive(p.k_free.index(at), count=1)
-        s = _hide(s * p.by, p.entries, gl.to_tensor(0), columns, BOX)
+        if POOLED:
+            s = _hide_level(s * p.by, p, gl.to_tensor(0), columns, BOX)
+        else:
+            s = _hide(s * p.by, p.entries, gl.to_tensor(0), columns, BOX)
         weights, m, mass, fade = _soften(s, m, mass)
         acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
         a = gl.convert_layout(weights.to(dtype), operand)
@@ -266,7 +336,14 @@ def _consumer(
             acc_next = warpgroup_mma(a, p.v_bufs.index(v_at), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(p.k_free.index(at), count=1)
-            if i >= p.full // boxes:
+            if POOLED:
+                if _is_plain(p, i):
+                    level = _level_of(p, i)
+                    weights, m, mass, fade = _soften_level(s, m, mass, p.by, level)
+                else:
+                    s = _hide_level(s * p.by, p, i, columns, BOX)
+                    weights, m, mass, fade = _soften(s, m, mass)
+            elif i >= p.plain_0:
                 s = _hide(s * p.by, p.entries, i, columns, BOX)
                 weights, m, mass, fade = _soften(s, m, mass)
             else:
@@ -311,8 +388,14 @@ class _Parts:
     out_l: gl.tensor
     lse: gl.tensor
     entries: gl.tensor
-    full: gl.tensor
-    every: gl.tensor
+    turns: gl.tensor
+    turn_1: gl.tensor
+    turn_2: gl.tensor
+    turn_3: gl.tensor
+    plain_0: gl.tensor
+    plain_1: gl.tensor
+    plain_2: gl.tensor
+    plain_3: gl.tensor
     by: gl.tensor
     scale: gl.tensor
     code: gl.tensor
@@ -352,6 +435,12 @@ def attend_kernel(
     q,
     keys,
     values,
+    keys_2,
+    values_2,
+    keys_4,
+    values_4,
+    keys_8,
+    values_8,
     rest_keys,
     rest_values,
     rest_var,
@@ -395,6 +484,7 @@ def attend_kernel(
     WEIGHT: gl.constexpr,
     FIRST_ORDER: gl.constexpr,
     INIT: gl.constexpr,
+    POOLED: gl.constexpr,
     D: gl.constexpr,
 ):
     head = gl.program_id(1)
@@ -428,6 +518,30 @@ def attend_kernel(
         for stage in gl.static_range(2):
             mbarrier.init(v_ready.index(stage), count=1)
             mbarrier.init(v_free.index(stage), count=2)
+        # where each level's turns begin, and where they stop being plain
+        boxes: gl.constexpr = PER // BOX
+        if POOLED:
+            own = counts + row * 8
+            plain_0 = gl.load(own) // boxes
+            turn_1 = (gl.load(own + 1) + boxes - 1) // boxes
+            boxes_1: gl.constexpr = PER // keys_2.block_shape[0]
+            plain_1 = turn_1 + gl.load(own + 2) // boxes_1
+            turn_2 = turn_1 + (gl.load(own + 3) + boxes_1 - 1) // boxes_1
+            boxes_2: gl.constexpr = PER // keys_4.block_shape[0]
+            plain_2 = turn_2 + gl.load(own + 4) // boxes_2
+            turn_3 = turn_2 + (gl.load(own + 5) + boxes_2 - 1) // boxes_2
+            boxes_3: gl.constexpr = PER // keys_8.block_shape[0]
+            plain_3 = turn_3 + gl.load(own + 6) // boxes_3
+            turns = turn_3 + (gl.load(own + 7) + boxes_3 - 1) // boxes_3
+        else:
+            plain_0 = gl.load(counts + row * 2) // boxes
+            turns = (gl.load(counts + row * 2 + 1) + boxes - 1) // boxes
+            turn_1 = turns
+            turn_2 = turns
+            turn_3 = turns
+            plain_1 = turns
+            plain_2 = turns
+            plain_3 = turns
         parts = _Parts(
             q + b * q_b + h * q_h,
             q_perm + b * perm_b + h * perm_h + (span >> _BITS),
@@ -439,8 +553,14 @@ def attend_kernel(
             gl.to_tensor(out_l),
             lse + head.to(gl.int64) * length,
             listed + row * num_tiles,
-            gl.load(counts + row * 2),
-            gl.load(counts + row * 2 + 1),
+            turns,
+            turn_1,
+            turn_2,
+            turn_3,
+            plain_0,
+            plain_1,
+            plain_2,
+            plain_3,
             scale * 1.4426950408889634,
             scale,
             code + b * code_b + h * code_h + block.to(gl.int64) * columns,
@@ -463,13 +583,14 @@ def attend_kernel(
             v_ready,
             v_free,
         )
-        first = (parts, 0, q_bufs.index(0), square_bufs.index(0), BOX, WEIGHT, FIRST_ORDER, INIT)
-        second = (parts, 1, q_bufs.index(1), square_bufs.index(1), BOX, WEIGHT, FIRST_ORDER, INIT)
+        pooled = (keys_2, values_2, keys_4, values_4, keys_8, values_8)
+        one = (parts, 0, q_bufs.index(0), square_bufs.index(0), BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)
+        two = (parts, 1, q_bufs.index(1), square_bufs.index(1), BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)
         gl.warp_specialize(
             [
-                (_consumer, first),
-                (_consumer, second),
-                (_producer, (parts, BOX, WEIGHT, FIRST_ORDER)),
+                (_consumer, one),
+                (_consumer, two),
+                (_producer, (parts, pooled, WEIGHT, FIRST_ORDER, POOLED)),
             ],
             [4, 1],
             [240, 24],
@@ -481,6 +602,7 @@ def attend(
     rest: RestTerms | None,
     box: int,
     onto: tuple[Tensor, Tensor] | None = None,
+    levels: bool = False,
 ) -> None:
     """A whole problem, on top of a partial if there is one.
 
@@ -489,6 +611,7 @@ def attend(
         rest: what stands in for the blocks of code -1.
         box: tokens of a key tile: 64, 32, 16 or 8.
         onto: attention over other keys, ``out`` ``[B, H, L, D]`` and ``lse`` ``[B, H, L]``.
+        levels: the lists are of `levels.packed_levels`.
     """
     q, out = problem.q, problem.out
     init, init_lse = (x.contiguous() for x in onto or (out, problem.lse))
@@ -501,9 +624,15 @@ def attend(
     first_order = rest is not None and rest.cov_sum is not None
     tables.append(terms["var"] if weight else tables[0])
     tables.append(terms["cov"] if first_order else tables[0])
+    pooled = tuple(
+        _described(x, box_of(level, box) if levels else box)
+        for level in LEVELS[1:]
+        for x in (problem.keys, problem.values)
+    )
     attend_kernel[problem.grid](
         q,
         *(_described(x, box) for x in (problem.keys, problem.values)),
+        *pooled,
         *(_described(x, 64) for x in tables),
         problem.queries.perm,
         *problem.q_tiles,
@@ -522,7 +651,7 @@ def attend(
         columns,
         problem.listed.shape[-1],
         problem.grid[0],
-        0 if rest is None else -(-columns // _TURN),
+        0 if rest is None else -(-columns // TURN),
         problem.scale,
         *q.stride()[:3],
         *lead_strides(problem.queries.perm),
@@ -531,10 +660,11 @@ def attend(
         *lead_strides(terms["bias"]),
         *out.stride()[:3],
         BOX=box,
-        PER=_TURN,
+        PER=TURN,
         WEIGHT=weight,
         FIRST_ORDER=first_order,
         INIT=onto is not None,
+        POOLED=levels,
         D=depth,
         **LAUNCH,
     )
@@ -550,28 +680,37 @@ def shared_layout() -> Any:
     return gl.NVMMASharedLayout(128, 16, 2)
 
 
-def _specimen(dtype: str, depth: int, box: int, weight: int, first_order: bool) -> Specimen:
-    bits = {size: f"tensordesc<{dtype}[{size}, {depth}],{shared_layout()!r}>" for size in (box, 64)}
+def _specimen(
+    dtype: str, depth: int, box: int, weight: int, first_order: bool, pooled: bool = False
+) -> Specimen:
+    sizes = [box_of(level, box) if pooled else box for level in LEVELS]
+    bits = {
+        size: f"tensordesc<{dtype}[{size}, {depth}],{shared_layout()!r}>" for size in (*sizes, 64)
+    }
     signature = {
         **dict.fromkeys(("q", "init", "out"), f"*{dtype}"),
         **dict.fromkeys(("q_perm", "q_block", "q_span", "listed", "counts"), "*i32"),
         **dict.fromkeys(("init_lse", "lse", "rest_bias"), "*fp32"),
         **dict.fromkeys(("keys", "values"), bits[box]),
+        **{f"{name}_{level}": bits[size] for name in ("keys", "values")
+           for level, size in zip(LEVELS[1:], sizes[1:], strict=True)},
         **dict.fromkeys(("rest_keys", "rest_values", "rest_var", "cov"), bits[64]),
         "code": "*i8",
         "scale": "fp32",
     }
     constants = {
         "BOX": box,
-        "PER": _TURN,
+        "PER": TURN,
         "WEIGHT": weight,
         "FIRST_ORDER": first_order,
         "INIT": False,
+        "POOLED": pooled,
         "D": depth,
     }
     names = attend_kernel.arg_names
     signature |= {n: "i32" for n in names if n not in signature and n not in constants}
     name = f"attend {dtype} D{depth} box {box} weight {weight}{' first order' * first_order}"
+    name += " levels" * pooled
     return Specimen(name, attend_kernel, signature, constants, LAUNCH, least=90, most=90)
 
 
@@ -583,4 +722,6 @@ SPECIMENS = [
     _specimen("fp16", 128, 64, 2, True),
     _specimen("bf16", 64, 64, 1, True),
     _specimen("bf16", 64, 8, 0, False),
+    _specimen("bf16", 128, 64, 0, False, pooled=True),
+    _specimen("fp16", 64, 16, 0, False, pooled=True),
 ]

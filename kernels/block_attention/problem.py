@@ -24,7 +24,7 @@ from dit_accel.kernels.packed import (
 )
 from dit_accel.kernels.specimen import Specimen, typed
 
-_AHEAD = 16
+AHEAD = 16
 """Empty entries after every list: what a kernel may read beyond it."""
 _LIST_BYTES = 256 * 2**20
 """What the lists of pooled tiles may take at once."""
@@ -167,7 +167,7 @@ def packed(
     """Every row's exact tiles as a list, ``[B, H, Nq, T + 2]``, and how many, ``[B, H, Nq, 2]``."""
     rows, columns = code.shape[2:]
     num_tiles = k_tiles.span.shape[-1]
-    listed = code.new_empty((batch, heads, rows, num_tiles + _AHEAD), dtype=torch.int32)
+    listed = code.new_empty((batch, heads, rows, num_tiles + AHEAD), dtype=torch.int32)
     counts = code.new_empty((batch, heads, rows, 2), dtype=torch.int32)
     pack_kernel[(rows, batch * heads)](
         code,
@@ -183,7 +183,7 @@ def packed(
         *lead_strides(k_tiles.span),
         SIZE=size,
         CHUNK=_CHUNK,
-        AHEAD=_AHEAD,
+        AHEAD=AHEAD,
     )
     return listed, counts
 
@@ -217,7 +217,7 @@ def table_of(x: Tensor, order: Compact, pyramid: Pooled | None) -> Tensor:
 def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Problem]:
     """The pooled tiles of a problem, some heads at a time: their lists are long."""
     batch, heads, rows, _ = problem.counts.shape
-    each = rows * (pyramid.tiles.span.shape[-1] + _AHEAD) * 4
+    each = rows * (pyramid.tiles.span.shape[-1] + AHEAD) * 4
     step = max(1, _LIST_BYTES // each)
     for b in range(batch):
         for h in range(0, heads, step):
@@ -244,7 +244,7 @@ def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Probl
 
 
 def _specimens() -> list[Specimen]:
-    pack = {"SIZE": 64, "CHUNK": _CHUNK, "AHEAD": _AHEAD}
+    pack = {"SIZE": 64, "CHUNK": _CHUNK, "AHEAD": AHEAD}
     pointers = {**dict.fromkeys(("block", "span", "listed", "counts"), "*i32"), "code": "*i8"}
     pool = {"LEVEL": 8, "D": 128, "ROWS": _ROWS}
     return [

@@ -1,0 +1,203 @@
+"""A plan with pooled levels as one list a row, for a kernel that takes them all in one go.
+
+Exact tiles and those of every level stand one after the other, each level's from the start of a
+turn, in boxes that halve as the level doubles: a block of 64 keys is one box at every level.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel.kernels.block_attention.problem import AHEAD
+from dit_accel.kernels.order import lead_strides
+from dit_accel.kernels.packed import BLOCK_BIT, LENGTH_BITS, START_BIT, Pooled, Tiles
+from dit_accel.kernels.specimen import Specimen, typed
+
+LEVELS = (1, 2, 4, 8)
+TURN = 128
+"""Rows that a kernel takes at once."""
+_SMALLEST = 8
+_CHUNK = 1024
+"""Tiles of a row that are looked at together."""
+_BLOCK = tl.constexpr(BLOCK_BIT)
+_COUNT = tl.constexpr(LENGTH_BITS)
+_LEVEL = tl.constexpr((1 << BLOCK_BIT) - 1)
+_SHAPE = tl.constexpr((1 << START_BIT) - 1)
+
+
+def box_of(level: int, size: int) -> int:
+    """Rows of a box of a level, where exact ones have ``size``."""
+    return max(_SMALLEST, size // level)
+
+
+def _boxes(size: int) -> dict[str, int]:
+    return {f"BOX_{i}": box_of(level, size) for i, level in enumerate(LEVELS)}
+
+
+@triton.jit
+def _pack_level(
+    codes,
+    block,
+    span,
+    begin,
+    end,
+    target,
+    counts,
+    STEP: tl.constexpr,
+    BOX: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PER: tl.constexpr,
+):
+    """The tiles of one level of a row, and how many entries they take."""
+    done = 0
+    for part in tl.static_range(2):
+        for first in range(begin, end, CHUNK):
+            number = first + tl.arange(0, CHUNK)
+            where = tl.load(span + number, mask=number < end, other=0)
+            plain = (where & _SHAPE) == ((((1 << STEP) - 1) << _COUNT) | BOX)
+            wanted = plain if part == 0 else (where != 0) & (plain == 0)
+            of = tl.load(block + number, mask=wanted, other=0)
+            kind = tl.load(codes + (of >> _BLOCK), mask=wanted, other=0)
+            chosen = wanted & (kind == (1 << STEP))
+            rank = tl.cumsum(chosen.to(tl.int32), 0)
+            tl.store(target + done + rank - 1, where, mask=chosen)
+            done += tl.sum(chosen.to(tl.int32), 0)
+        tl.store(counts + 2 * STEP + part, done)
+    # a turn is of one level, and what it lacks holds nothing
+    padded = (done + PER // BOX - 1) // (PER // BOX) * (PER // BOX)
+    missing = done + tl.arange(0, PER // BOX)
+    tl.store(target + missing, tl.zeros([PER // BOX], tl.int32), mask=missing < padded)
+    return padded
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "rows", "columns", "width", "first_1", "first_2", "first_3", "num_tiles"),
+        *("code_b", "code_h", "tile_b", "tile_h"),
+    ]
+)
+def pack_levels_kernel(
+    code,
+    block,
+    span,
+    listed,
+    counts,
+    heads,
+    rows,
+    columns,
+    width,
+    first_1,
+    first_2,
+    first_3,
+    num_tiles,
+    code_b,
+    code_h,
+    tile_b,
+    tile_h,
+    BOX_0: tl.constexpr,
+    BOX_1: tl.constexpr,
+    BOX_2: tl.constexpr,
+    BOX_3: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PER: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """The tiles of a row of a plan by level, those of full length first, in rising order."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    codes = code + b * code_b + h * code_h + row.to(tl.int64) * columns
+    block += b * tile_b + h * tile_h
+    span += b * tile_b + h * tile_h
+    place = head.to(tl.int64) * rows + row
+    at = listed + place * width
+    counts += place * 8
+    at += _pack_level(codes, block, span, 0, first_1, at, counts, 0, BOX_0, CHUNK, PER)
+    at += _pack_level(codes, block, span, first_1, first_2, at, counts, 1, BOX_1, CHUNK, PER)
+    at += _pack_level(codes, block, span, first_2, first_3, at, counts, 2, BOX_2, CHUNK, PER)
+    at += _pack_level(codes, block, span, first_3, num_tiles, at, counts, 3, BOX_3, CHUNK, PER)
+    # some more, which are read ahead
+    tl.store(at + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
+
+
+class Mixed(NamedTuple):
+    """Tiles of all levels in one row: the exact ones, and from each of ``firsts`` a further level's.
+
+    ``most`` is what a row's list can need, whatever the plan.
+    """
+
+    tiles: Tiles
+    firsts: tuple[int, int, int]
+    most: int
+
+
+def mixed(exact: Tiles, pyramid: Pooled, columns: int) -> Mixed:
+    """Join the tiles of exact blocks and those of their pooled levels.
+
+    A block has at most one tile more at another level than exact ones, for what is left over.
+    """
+    parts = [exact, pyramid.tiles]
+    lead = torch.broadcast_shapes(*(part.span.shape[:2] for part in parts))
+    joined = (
+        torch.cat([x.expand(*lead, -1) for x in column], -1).contiguous()
+        for column in zip(*parts, strict=True)
+    )
+    firsts, at = [], exact.span.shape[-1]
+    for level in LEVELS[1:]:
+        firsts.append(at)
+        at += pyramid.widths.get(level, 0)
+    most = exact.span.shape[-1] + columns + len(LEVELS) * (TURN // _SMALLEST) + AHEAD
+    return Mixed(Tiles(*joined), (firsts[0], firsts[1], firsts[2]), most)
+
+
+def packed_levels(
+    code: Tensor, found: Mixed, batch: int, heads: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Every row's tiles as a list, and how many of full length and in all, by level.
+
+    Args:
+        code: int8 ``[B|1, H|1, Nq, Nk]``, contiguous.
+        found: tiles of ``size`` and of `box_of` every level.
+        batch, heads: of the lists.
+        size: of an exact tile.
+
+    Returns:
+        int32 ``[B, H, Nq, most]``; int32 ``[B, H, Nq, 8]``.
+    """
+    rows, columns = code.shape[2:]
+    listed = code.new_empty((batch, heads, rows, found.most), dtype=torch.int32)
+    counts = code.new_empty((batch, heads, rows, 2 * len(LEVELS)), dtype=torch.int32)
+    pack_levels_kernel[(rows, batch * heads)](
+        code,
+        found.tiles.block,
+        found.tiles.span,
+        listed,
+        counts,
+        heads,
+        rows,
+        columns,
+        found.most,
+        *found.firsts,
+        found.tiles.span.shape[-1],
+        *lead_strides(code),
+        *lead_strides(found.tiles.span),
+        **_boxes(size),
+        CHUNK=_CHUNK,
+        PER=TURN,
+        AHEAD=AHEAD,
+    )
+    return listed, counts
+
+
+def _specimen(size: int) -> Specimen:
+    constants = {**_boxes(size), "CHUNK": _CHUNK, "PER": TURN, "AHEAD": AHEAD}
+    pointers = {**dict.fromkeys(("block", "span", "listed", "counts"), "*i32"), "code": "*i8"}
+    signature = typed(pack_levels_kernel, constants, **pointers)
+    return Specimen(f"pack levels {size}", pack_levels_kernel, signature, constants)
+
+
+SPECIMENS = [_specimen(64)] if isinstance(pack_levels_kernel, triton.JITFunction) else []
