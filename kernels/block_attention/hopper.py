@@ -584,16 +584,41 @@ def attend_kernel(
             v_free,
         )
         pooled = (keys_2, values_2, keys_4, values_4, keys_8, values_8)
-        one = (parts, 0, q_bufs.index(0), square_bufs.index(0), BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)
-        two = (parts, 1, q_bufs.index(1), square_bufs.index(1), BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)
+        # in place, since a tuple that is given a name forgets which of its parts are constant
         gl.warp_specialize(
             [
-                (_consumer, one),
-                (_consumer, two),
+                (
+                    _consumer,
+                    (
+                        parts,
+                        0,
+                        q_bufs.index(0),
+                        square_bufs.index(0),
+                        BOX,
+                        WEIGHT,
+                        FIRST_ORDER,
+                        INIT,
+                        POOLED,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        parts,
+                        1,
+                        q_bufs.index(1),
+                        square_bufs.index(1),
+                        BOX,
+                        WEIGHT,
+                        FIRST_ORDER,
+                        INIT,
+                        POOLED,
+                    ),
+                ),
                 (_producer, (parts, pooled, WEIGHT, FIRST_ORDER, POOLED)),
             ],
             [4, 1],
-            [240, 24],
+            [232 if POOLED else 240, 40 if POOLED else 24],
         )
 
 

@@ -6,6 +6,8 @@ turn, in boxes that halve as the level doubles: a block of 64 keys is one box at
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,14 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_attention.problem import AHEAD
+from dit_accel.kernels.block_attention.problem import AHEAD, Problem, some_of, table_of
 from dit_accel.kernels.order import lead_strides
-from dit_accel.kernels.packed import BLOCK_BIT, LENGTH_BITS, START_BIT, Pooled, Tiles
+from dit_accel.kernels.packed import (
+    BLOCK_BIT,
+    LENGTH_BITS,
+    START_BIT,
+    Compact,
+    Pooled,
+    Tiles,
+    remembered,
+)
 from dit_accel.kernels.specimen import Specimen, typed
 
 LEVELS = (1, 2, 4, 8)
 TURN = 128
 """Rows that a kernel takes at once."""
+TABLE_BYTES = 2**30
+"""What the keys, the values and their means of the heads that are taken at once may take."""
 _SMALLEST = 8
 _CHUNK = 1024
 """Tiles of a row that are looked at together."""
@@ -191,6 +203,73 @@ def packed_levels(
         AHEAD=AHEAD,
     )
     return listed, counts
+
+
+def head_groups(
+    k: Tensor, pyramid: Pooled, whole: bool = False
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Heads whose tables fit `TABLE_BYTES`, as what cuts ``[B|1, H|1, ...]`` to them; or all."""
+    batch, heads, _, depth = k.shape
+    if whole:
+        yield partial(some_of, batch=slice(batch), heads=slice(heads))
+        return
+    each = 2 * pyramid.height * depth * k.element_size()
+    groups = -(-heads * each // TABLE_BYTES)
+    step = -(-heads // min(heads, groups))
+    for b in range(batch):
+        for h in range(0, heads, step):
+            yield partial(some_of, batch=slice(b, b + 1), heads=slice(h, h + step))
+
+
+def level_problem(
+    some: Callable[[Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    code: Tensor,
+    queries: Compact,
+    q_tiles: Tiles,
+    keys: Compact,
+    k_tiles: Tiles,
+    pyramid: Pooled,
+    size: int,
+) -> Problem:
+    """The problem of some heads, but for its scale and where results go: tables and lists.
+
+    Args:
+        some: of `head_groups`.
+        q, k, v: ``[B, H, L, D]``, in the model's order.
+        code: int8 ``[B|1, H|1, Nq, Nk]``, contiguous.
+        queries, q_tiles: order and tiles of queries.
+        keys, k_tiles: order of the keys, and exact tiles of ``size``.
+        pyramid: their levels, in tiles of `box_of`.
+        size: of an exact tile.
+    """
+    columns = code.shape[-1]
+    found = remembered(
+        keys.perm,
+        keys.offsets,
+        ("mixed", tuple(pyramid.rows), size, columns),
+        lambda: mixed(k_tiles, pyramid, columns),
+    )
+    order = Compact(*(some(x) for x in keys))
+    cut = pyramid._replace(rows={level: some(x) for level, x in pyramid.rows.items()})
+    query = some(q)
+    found = found._replace(tiles=Tiles(*(some(x) for x in found.tiles)))
+    listed, counts = packed_levels(some(code), found, *query.shape[:2], size)
+    return Problem(
+        query if query.stride(-1) == 1 else query.contiguous(),
+        table_of(some(k), order, cut),
+        table_of(some(v), order, cut),
+        Compact(*(some(x) for x in queries)),
+        Tiles(*(some(x) for x in q_tiles)),
+        listed,
+        counts,
+        some(code),
+        1.0,
+        query,
+        query,
+    )
 
 
 def _specimen(size: int) -> Specimen:

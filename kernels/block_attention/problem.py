@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -144,7 +145,7 @@ class Problem(NamedTuple):
     """A call as kernels read it: queries and keys in order, a packed plan, where results go."""
 
     q: Tensor  # [B, H, L, D], rows of any stride
-    keys: Tensor  # [B, H, L, D], contiguous, in order
+    keys: Tensor  # [B, H, L or more, D], contiguous, in order, means behind them
     values: Tensor
     queries: Compact
     q_tiles: Tiles
@@ -193,8 +194,9 @@ def table_of(x: Tensor, order: Compact, pyramid: Pooled | None) -> Tensor:
     if pyramid is None:
         return gathered(x, order)
     batch, heads, length, depth = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
     table = torch.empty(batch, heads, pyramid.height, depth, dtype=x.dtype, device=x.device)
-    table[:, :, :length] = gathered(x, order)
+    gather_rows(x, order.perm, table, 0, batch * heads)
     base = length
     for level, span in pyramid.rows.items():
         rows = span.shape[-1]
@@ -214,6 +216,12 @@ def table_of(x: Tensor, order: Compact, pyramid: Pooled | None) -> Tensor:
     return table
 
 
+def some_of(x: Tensor, batch: slice, heads: slice) -> Tensor:
+    """Some heads of ``[B|1, H|1, ...]``."""
+    x = x[batch] if x.shape[0] > 1 else x
+    return x[:, heads] if x.shape[1] > 1 else x
+
+
 def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Problem]:
     """The pooled tiles of a problem, some heads at a time: their lists are long."""
     batch, heads, rows, _ = problem.counts.shape
@@ -222,10 +230,7 @@ def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Probl
     for b in range(batch):
         for h in range(0, heads, step):
 
-            def cut(x: Tensor, b: int = b, h: int = h) -> Tensor:
-                x = x[b : b + 1] if x.shape[0] > 1 else x
-                return x[:, h : h + step] if x.shape[1] > 1 else x
-
+            cut = partial(some_of, batch=slice(b, b + 1), heads=slice(h, h + step))
             q, code = cut(problem.q), cut(problem.code).contiguous()
             found = Tiles(*(cut(x) for x in pyramid.tiles))
             listed, counts = packed(code, found, 1, q.shape[1], size)

@@ -17,6 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.block_attention.levels import SPECIMENS as LEVEL_SPECIMENS
+from dit_accel.kernels.block_attention.levels import box_of, head_groups, level_problem
 from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
 from dit_accel.kernels.block_attention.problem import (
     Problem,
@@ -38,7 +40,7 @@ from dit_accel.kernels.packed import (
 from dit_accel.kernels.specimen import Specimen
 
 LOG2E = 1.4426950408889634
-_POOLED_BOX, _POOLED_TILE = 8, 16
+_POOLED_TILE = 16
 """Means in a tile: a block of 64 keys has 8 of the coarsest level, and a product wants 16."""
 WEIGHTS = {"plain": 0, "second": 1, "gaussian": 2}
 _BITS = tl.constexpr(START_BIT)
@@ -236,14 +238,29 @@ def block_attention(
     length = k.shape[2]
     pyramid = None
     if levels:
-        box = _POOLED_BOX if on_hopper else _POOLED_TILE
         pyramid = remembered(
             keys.perm,
             keys.offsets,
-            ("pooled", levels, box, k_longest),
-            lambda: pooled(keys.offsets, length, levels, box, k_longest),
+            ("pooled", levels, bn if on_hopper else 0, k_longest),
+            lambda: pooled(
+                keys.offsets,
+                length,
+                levels,
+                (lambda level: box_of(level, bn)) if on_hopper else _POOLED_TILE,
+                k_longest,
+            ),
         )
     k_tiles = tiles_of(keys, length, bn, k_longest)
+    if pyramid is not None and on_hopper:
+        from dit_accel.kernels.block_attention import hopper
+
+        out, lse = _results(q)
+        for some in head_groups(k, pyramid, whole=rest is not None):
+            part = level_problem(some, q, k, v, code, queries, q_tiles, keys, k_tiles, pyramid, bn)
+            part = part._replace(scale=scale, out=some(out), lse=some(lse))
+            before = None if onto is None else (some(onto[0]), some(onto[1]))
+            hopper.attend(part, rest, bn, before, levels=True)
+        return out, lse
     listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
@@ -255,8 +272,7 @@ def block_attention(
         counts,
         code,
         scale,
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
+        *_results(q),
     )
 
     def attend(problem: Problem, rest: RestTerms | None, size: int, onto: Any) -> None:
@@ -273,11 +289,14 @@ def block_attention(
 
     attend(problem, rest, bn, onto)
     if pyramid is not None:
-        for part in pooled_parts(problem, pyramid, box):
-            # Hopper's kernel reads a row before it writes it
-            before = part.out, part.lse
-            attend(part, None, box, before if on_hopper else tuple(x.clone() for x in before))
+        for part in pooled_parts(problem, pyramid, _POOLED_TILE):
+            attend(part, None, _POOLED_TILE, (part.out.clone(), part.lse.clone()))
     return problem.out, problem.lse
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def _attend(
@@ -389,7 +408,7 @@ def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, 
     return Specimen(name, attend_kernel, signature, constants, options)
 
 
-SPECIMENS = PLAN_SPECIMENS + (
+SPECIMENS = PLAN_SPECIMENS + LEVEL_SPECIMENS + (
     [
         _specimen(
             f"attend {dtype} D{depth}{' rest' if rest else ''}",
