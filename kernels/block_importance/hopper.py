@@ -58,11 +58,11 @@ def _logits(p, q_buf, turn, nothing):
 
 
 @gluon.jit
-def _tell(p, s, turn, first, peak, total, columns):
+def _tell(p, s, turn, plain, first, peak, total, columns):
     """Write the sums of a turn's cells, and take them into those of the row."""
     width: gl.constexpr = s.shape[1]
     # whole branches, since products that run are waited for where branches meet again early
-    if gl.load(p.plain + turn) == 0:
+    if plain == 0:
         full = gl.load(p.key_token + turn * width + columns) >= 0
         s = gl.where(gl.expand_dims(full, 0), s, float("-inf"))
         peak, total = _told(p, s, turn, first, peak, total)
@@ -85,14 +85,14 @@ def _told(p, s, turn, first, peak, total):
     target += gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, layout)), 0)
     gl.store(target, cells, mask=gl.expand_dims(line < p.count, 1))
     own = first + gl.arange(0, rows, row_of)
-    gl.store(p.bases + own.to(gl.int64) * p.width + turn, base, mask=own < p.count)
+    gl.store(p.bases + turn * p.samples + own, base, mask=own < p.count)
     new = gl.maximum(peak, base)
     mass = gl.convert_layout(gl.sum(cells, 1), row_of)
     return new, total * gl.exp2(peak - new) + mass * gl.exp2(base - new)
 
 
 @gluon.jit
-def _consumer(p, group: gl.constexpr, q_buf, PAIRS: gl.constexpr):
+def _consumer(p, group: gl.constexpr, q_buf, PAIRS: gl.constexpr, PING: gl.constexpr):
     depth: gl.constexpr = q_buf.shape[1]
     rows: gl.constexpr = q_buf.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
@@ -115,29 +115,54 @@ def _consumer(p, group: gl.constexpr, q_buf, PAIRS: gl.constexpr):
     peak = gl.full([rows], float("-inf"), gl.float32, row_of)
     total = gl.zeros([rows], gl.float32, row_of)
 
+    groups: gl.constexpr = p.go.shape[0]
     if PAIRS:
         pairs = p.turns // 2
         for i in range(pairs):
             turn = 2 * i
+            plain = gl.load(p.plain + turn)
+            then_plain = gl.load(p.plain + turn + 1)
+            if PING:
+                if group == 0:
+                    mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
+                else:
+                    mbarrier.wait(p.go.index(group), i & 1)
             s_next, at = _logits(p, q_buf, turn, nothing)
             then_next, then_at = _logits(p, q_buf, turn + 1, nothing)
-            s = warpgroup_mma_wait(1, deps=(s_next,))
-            mbarrier.arrive(p.k_free.index(at), count=1)
-            peak, total = _tell(p, s, turn, first, peak, total, columns)
-            # not before this turn's are told, which the total says
-            s, total = warpgroup_mma_wait(0, deps=(then_next, total))
-            mbarrier.arrive(p.k_free.index(then_at), count=1)
-            peak, total = _tell(p, s, turn + 1, first, peak, total, columns)
+            if PING:
+                s, s_then = warpgroup_mma_wait(0, deps=(s_next, then_next))
+                mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
+                mbarrier.arrive(p.k_free.index(at), count=1)
+                mbarrier.arrive(p.k_free.index(then_at), count=1)
+                peak, total = _tell(p, s, turn, plain, first, peak, total, columns)
+                peak, total = _tell(p, s_then, turn + 1, then_plain, first, peak, total, columns)
+            else:
+                s = warpgroup_mma_wait(1, deps=(s_next,))
+                mbarrier.arrive(p.k_free.index(at), count=1)
+                peak, total = _tell(p, s, turn, plain, first, peak, total, columns)
+                # not before this turn's are told, which the total says
+                s, total = warpgroup_mma_wait(0, deps=(then_next, total))
+                mbarrier.arrive(p.k_free.index(then_at), count=1)
+                peak, total = _tell(p, s, turn + 1, then_plain, first, peak, total, columns)
         if p.turns % 2 == 1:
             s_next, at = _logits(p, q_buf, p.turns - 1, nothing)
             s = warpgroup_mma_wait(0, deps=(s_next,))
-            peak, total = _tell(p, s, p.turns - 1, first, peak, total, columns)
+            plain = gl.load(p.plain + p.turns - 1)
+            peak, total = _tell(p, s, p.turns - 1, plain, first, peak, total, columns)
     else:
         for i in range(p.turns):
+            plain = gl.load(p.plain + i)
+            if PING:
+                if group == 0:
+                    mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
+                else:
+                    mbarrier.wait(p.go.index(group), i & 1)
             s_next, at = _logits(p, q_buf, i, nothing)
             s = warpgroup_mma_wait(0, deps=(s_next,))
+            if PING:
+                mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
             mbarrier.arrive(p.k_free.index(at), count=1)
-            peak, total = _tell(p, s, i, first, peak, total, columns)
+            peak, total = _tell(p, s, i, plain, first, peak, total, columns)
     gl.store(p.lse + own, gl.log2(total) + peak, mask=there)
 
 
@@ -152,6 +177,7 @@ class _Parts:
     by: gl.tensor
     turns: gl.tensor
     width: gl.tensor
+    samples: gl.tensor
     plain: gl.tensor
     key_token: gl.tensor
     sums: gl.tensor
@@ -160,6 +186,7 @@ class _Parts:
     k_bufs: gl.shared_memory_descriptor
     k_ready: gl.shared_memory_descriptor
     k_free: gl.shared_memory_descriptor
+    go: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(self, *values):
@@ -209,6 +236,7 @@ def sums_kernel(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     PAIRS: gl.constexpr,
+    PING: gl.constexpr,
     ROWS: gl.constexpr,
 ):
     pair = gl.program_id(1)
@@ -226,6 +254,9 @@ def sums_kernel(
         k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, D], shared)
         k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
         k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
+        go = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], signal)
+        for group in gl.static_range(GROUPS):
+            mbarrier.init(go.index(group), count=1)
         for stage in gl.static_range(STAGES):
             mbarrier.init(k_ready.index(stage), count=1)
             mbarrier.init(k_free.index(stage), count=GROUPS)
@@ -239,6 +270,7 @@ def sums_kernel(
             scale * 1.4426950408889634,
             turns,
             width,
+            samples,
             plain + b * plain_b + h * plain_h,
             key_token + (b * plain_b + h * plain_h) * BN,
             sums + at * width * 8,
@@ -247,13 +279,14 @@ def sums_kernel(
             k_bufs,
             k_ready,
             k_free,
+            go,
         )
         bring = (keys, pair * slots, turns, k_bufs, k_ready, k_free)
         if GROUPS == 2:
             gl.warp_specialize(
                 [
-                    (_consumer, (parts, 0, q_bufs.index(0), PAIRS)),
-                    (_consumer, (parts, 1, q_bufs.index(1), PAIRS)),
+                    (_consumer, (parts, 0, q_bufs.index(0), PAIRS, PING)),
+                    (_consumer, (parts, 1, q_bufs.index(1), PAIRS, PING)),
                     (_producer, bring),
                 ],
                 [4, 1],
@@ -262,9 +295,9 @@ def sums_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (_consumer, (parts, 0, q_bufs.index(0), PAIRS)),
-                    (_consumer, (parts, 1, q_bufs.index(1), PAIRS)),
-                    (_consumer, (parts, 2, q_bufs.index(2), PAIRS)),
+                    (_consumer, (parts, 0, q_bufs.index(0), PAIRS, PING)),
+                    (_consumer, (parts, 1, q_bufs.index(1), PAIRS, PING)),
+                    (_consumer, (parts, 2, q_bufs.index(2), PAIRS, PING)),
                     (_producer, bring),
                 ],
                 [4, 4, 1],
@@ -323,11 +356,11 @@ def _shared() -> Any:
 
 
 LAUNCH: dict[str, dict[str, int]] = {
-    "2": {"GROUPS": 2, "PAIRS": True, "ROWS": 64, "STAGES": 4, "num_warps": 4, "maxnreg": 168},
-    "2s5": {"GROUPS": 2, "PAIRS": True, "ROWS": 64, "STAGES": 5, "num_warps": 4, "maxnreg": 168},
-    "2plain": {"GROUPS": 2, "PAIRS": False, "ROWS": 64, "STAGES": 4, "num_warps": 4, "maxnreg": 168},
-    "3plain": {"GROUPS": 3, "PAIRS": False, "ROWS": 64, "STAGES": 4, "num_warps": 4, "maxnreg": 128},
-    "2x128": {"GROUPS": 2, "PAIRS": False, "ROWS": 128, "STAGES": 3, "num_warps": 4, "maxnreg": 168},
+    "2": {"GROUPS": 2, "PAIRS": True, "PING": False, "ROWS": 64, "STAGES": 4, "num_warps": 4, "maxnreg": 168},
+    "2pp": {"GROUPS": 2, "PAIRS": True, "PING": True, "ROWS": 64, "STAGES": 4, "num_warps": 4, "maxnreg": 168},
+    "3plain": {"GROUPS": 3, "PAIRS": False, "PING": False, "ROWS": 64, "STAGES": 4, "num_warps": 4, "maxnreg": 128},
+    "3pp": {"GROUPS": 3, "PAIRS": False, "PING": True, "ROWS": 64, "STAGES": 4, "num_warps": 4, "maxnreg": 128},
+    "2x128pp": {"GROUPS": 2, "PAIRS": False, "PING": True, "ROWS": 128, "STAGES": 3, "num_warps": 4, "maxnreg": 168},
 }
 
 

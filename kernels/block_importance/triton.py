@@ -36,11 +36,14 @@ KEPT_BYTES = 2**30
 """What the sums by query and cell may take."""
 
 
+BY_BLOCK = {"BR": 8, "num_warps": 4}
+
+
 class Kept(NamedTuple):
     """What is kept of some heads: fp32 but for the keys.
 
     ``keys`` ``[P, S, D]`` in slots; ``sums`` ``[P, M, S / 16]`` of weights by query and cell, in
-    powers of two relative to ``bases`` ``[P, M, S / 128]`` by query and turn; ``lse`` ``[P, M]``.
+    powers of two relative to ``bases`` ``[P, S / 128, M]`` by turn and query; ``lse`` ``[P, M]``.
     """
 
     keys: Tensor
@@ -119,7 +122,7 @@ def _sums(
         by_cell = tl.reshape(tl.permute(halves, [0, 2, 1]), [BM, BN // W])
         where = (line + turn)[:, None] * (BN // W) + cell[None, :]
         tl.store(sum_ptr + where, by_cell, mask=there[:, None])
-        tl.store(base_ptr + line + turn, base, mask=there)
+        tl.store(base_ptr + (pair * turns + turn) * samples + sample, base, mask=there)
         new = tl.maximum(peak, base)
         total = total * tl.exp2(peak - new) + tl.sum(by_cell, 1) * tl.exp2(base - new)
         peak = new
@@ -174,7 +177,7 @@ def _by_block(
             line = sample.to(tl.int64)[:, None]
             at = (cell + step)[None, :]
             part = tl.load(sum_ptr + line * width + at, mask=known, other=0.0)
-            base = tl.load(base_ptr + line * (width // PER) + at // PER, mask=known, other=0.0)
+            base = tl.load(base_ptr + (at // PER).to(tl.int64) * samples + line, mask=known, other=0.0)
             total += part * tl.exp2(base - lse[:, None])
     tl.store(
         out_ptr + (((b * heads + h) * rows + i) * columns + column), tl.sum(total, 0), mask=inside
@@ -243,7 +246,7 @@ def block_importance(
     kept = Kept(
         torch.empty(at_once, slots, depth, dtype=k.dtype, device=k.device),
         torch.empty(at_once, samples, width, dtype=torch.float32, device=k.device),
-        torch.empty(at_once, samples, slots // TURN, dtype=torch.float32, device=k.device),
+        torch.empty(at_once, slots // TURN, samples, dtype=torch.float32, device=k.device),
         torch.empty(at_once, samples, dtype=torch.float32, device=k.device),
     )
     run = _sums_of
@@ -271,9 +274,8 @@ def block_importance(
             heads,
             first,
             PER=TURN // CELL,
-            BR=8,
             BC=128,
-            num_warps=4,
+            **BY_BLOCK,
         )
     return out
 
