@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,11 +21,15 @@ def _rank(
     worth_b,
     worth_h,
     worth_n,
+    level_b,
+    level_h,
+    level_n,
     heads,
     rows,
     width,
     K: tl.constexpr,
     INCLUSIVE: tl.constexpr,
+    CODES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -65,14 +70,20 @@ def _rank(
         else:
             fits = reach - added < bound
         level += (within & ((edge == 0) | fits)).to(tl.int32)
-    tl.store(level_ptr + line * width + place, level.to(tl.int8), mask=inside)
+    code = (tl.full([BLOCK], CODES, tl.int32) >> (4 * level)) & 15
+    where = level_ptr + b * level_b + h * level_h + row.to(tl.int64) * level_n + place
+    tl.store(where, code.to(tl.int8), mask=inside)
 
 
-def rank_levels(score: Tensor, worth: Tensor, bounds: Tensor, inclusive: bool) -> Tensor:
+def rank_levels(
+    score: Tensor,
+    worth: Tensor,
+    bounds: Tensor,
+    inclusive: bool,
+    codes: Sequence[int],
+    levels: Tensor,
+) -> None:
     batch, heads, rows, width = score.shape
-    levels = torch.empty(score.shape, dtype=torch.int8, device=score.device)
-    if levels.numel() == 0:
-        return levels
     score = score.contiguous()
     worth = worth if worth.stride(3) == 1 else worth.contiguous()
     number = bounds.shape[-1]
@@ -85,15 +96,16 @@ def rank_levels(score: Tensor, worth: Tensor, bounds: Tensor, inclusive: bool) -
         levels,
         *lead_strides(worth),
         worth.stride(2) if worth.shape[2] > 1 else 0,
+        *levels.stride()[:3],
         heads,
         rows,
         width,
         K=number,
         INCLUSIVE=inclusive,
+        CODES=sum(code << 4 * i for i, code in enumerate(codes)),
         BLOCK=block,
         num_warps=_warps(block),
     )
-    return levels
 
 
 def _warps(block: int) -> int:
@@ -101,7 +113,7 @@ def _warps(block: int) -> int:
 
 
 def _specimen(block: int, number: int, inclusive: bool) -> Specimen:
-    constants = {"K": number, "INCLUSIVE": inclusive, "BLOCK": block}
+    constants = {"K": number, "INCLUSIVE": inclusive, "CODES": 0x43210, "BLOCK": block}
     types = {
         "score_ptr": "*fp32",
         "worth_ptr": "*i64" if inclusive else "*fp32",
