@@ -200,7 +200,7 @@ def pooled_pairs(blocked: Blocked, plan: Plan) -> Tensor:
     pairs = torch.zeros(batch, heads, dtype=torch.int64, device=count.device)
     for h in range(heads):
         code = _heads(plan.code, slice(h, h + 1)).expand(batch, -1, -1, -1)[:, 0]
-        for level in plan.levels:
+        for level in LEVELS[1:]:
             means = -(-count[:, h] // level)
             # a row's means are below 2**24, so fp32 counts them exactly
             read = (code == level).float() @ means.float().unsqueeze(-1)
