@@ -37,7 +37,7 @@ _SMALLEST = 8
 _CHUNK = 1024
 """Tiles of a row that are looked at together."""
 _BLOCK = tl.constexpr(BLOCK_BIT)
-_COUNT = tl.constexpr(LENGTH_BITS)
+_MORE = tl.constexpr(1 << LENGTH_BITS)
 _LEVEL = tl.constexpr((1 << BLOCK_BIT) - 1)
 _SHAPE = tl.constexpr((1 << START_BIT) - 1)
 
@@ -60,7 +60,7 @@ def _pack_level(
     end,
     target,
     counts,
-    STEP: tl.constexpr,
+    LEVEL: tl.constexpr,
     BOX: tl.constexpr,
     CHUNK: tl.constexpr,
     PER: tl.constexpr,
@@ -71,15 +71,15 @@ def _pack_level(
         for first in range(begin, end, CHUNK):
             number = first + tl.arange(0, CHUNK)
             where = tl.load(span + number, mask=number < end, other=0)
-            plain = (where & _SHAPE) == ((((1 << STEP) - 1) << _COUNT) | BOX)
+            plain = (where & _SHAPE) == ((LEVEL - 1) * _MORE + BOX)
             wanted = plain if part == 0 else (where != 0) & (plain == 0)
             of = tl.load(block + number, mask=wanted, other=0)
             kind = tl.load(codes + (of >> _BLOCK), mask=wanted, other=0)
-            chosen = wanted & (kind == (1 << STEP))
+            chosen = wanted & (kind == LEVEL)
             rank = tl.cumsum(chosen.to(tl.int32), 0)
             tl.store(target + done + rank - 1, where, mask=chosen)
             done += tl.sum(chosen.to(tl.int32), 0)
-        tl.store(counts + 2 * STEP + part, done)
+        tl.store(counts + part, done)
     # a turn is of one level, and what it lacks holds nothing
     padded = (done + PER // BOX - 1) // (PER // BOX) * (PER // BOX)
     missing = done + tl.arange(0, PER // BOX)
@@ -128,10 +128,10 @@ def pack_levels_kernel(
     place = head.to(tl.int64) * rows + row
     at = listed + place * width
     counts += place * 8
-    at += _pack_level(codes, block, span, 0, first_1, at, counts, 0, BOX_0, CHUNK, PER)
-    at += _pack_level(codes, block, span, first_1, first_2, at, counts, 1, BOX_1, CHUNK, PER)
-    at += _pack_level(codes, block, span, first_2, first_3, at, counts, 2, BOX_2, CHUNK, PER)
-    at += _pack_level(codes, block, span, first_3, num_tiles, at, counts, 3, BOX_3, CHUNK, PER)
+    at += _pack_level(codes, block, span, 0, first_1, at, counts, 1, BOX_0, CHUNK, PER)
+    at += _pack_level(codes, block, span, first_1, first_2, at, counts + 2, 2, BOX_1, CHUNK, PER)
+    at += _pack_level(codes, block, span, first_2, first_3, at, counts + 4, 4, BOX_2, CHUNK, PER)
+    at += _pack_level(codes, block, span, first_3, num_tiles, at, counts + 6, 8, BOX_3, CHUNK, PER)
     # some more, which are read ahead
     tl.store(at + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
 
