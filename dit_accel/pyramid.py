@@ -114,14 +114,14 @@ class Pyramid:
             queries.perm,
             queries.offsets,
             (*how, rows),
-            lambda: self._sampled(queries.perm, queries.offsets[..., : rows + 1]),
+            lambda: self._sampled(queries.perm, queries.offsets[..., : rows + 1], queries.longest),
         )
         if blocked.geometry.key_valid is None:
             k_tokens, k_bounds = remembered(
-                keys.perm, keys.offsets, (*how, columns), lambda: self._sampled(tokens, bounds)
+                keys.perm, keys.offsets, (*how, columns), lambda: self._sampled(tokens, bounds, keys.longest)
             )
         else:
-            k_tokens, k_bounds = self._sampled(tokens, bounds)
+            k_tokens, k_bounds = self._sampled(tokens, bounds, keys.longest)
         importance = block_importance(
             blocked.q,
             blocked.k,
@@ -130,6 +130,7 @@ class Pyramid:
             k_tokens=k_tokens,
             k_bounds=k_bounds,
             scale=blocked.scale,
+            k_longest=None if keys.longest is None else -(-keys.longest // _SHARE),
         )
         level = code[:, :, :rows, :columns]
         self._rank(importance, bounds.diff(dim=-1), level)
@@ -141,7 +142,9 @@ class Pyramid:
             level[:, some] = allowed.gather(-1, level[:, some].mT.long()).mT
         return Plan(code, LEVELS[1:])
 
-    def _sampled(self, tokens: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    def _sampled(
+        self, tokens: Tensor, bounds: Tensor, longest: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A quarter of every block's tokens, at least one, and where those of each block lie.
 
         There are as many places as samples could be, since how many there are is not known to the
@@ -154,6 +157,8 @@ class Pyramid:
         counts = -(-sizes // _SHARE)
         ends = counts.cumsum(-1)
         places = (tokens.shape[-1] + (_SHARE - 1) * sizes.shape[-1]) // _SHARE
+        if longest is not None:
+            places = min(places, sizes.shape[-1] * -(-longest // _SHARE))
         place = torch.arange(places, device=tokens.device).expand(*lead, -1).contiguous()
         block = torch.searchsorted(ends, place, right=True).clamp_(max=sizes.shape[-1] - 1)
         inside = place - (ends - counts).gather(-1, block)

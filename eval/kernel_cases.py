@@ -215,10 +215,10 @@ def block_importance_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[
     blocked = _blocked(shape, Gilbert(64, 128), parts)
     route = Pyramid()
     rows, columns = blocked.queries.num_video, blocked.keys.num_video
-    q_tokens, q_bounds = route._sampled(
-        blocked.queries.perm, blocked.queries.offsets[..., : rows + 1]
+    (q_tokens, q_bounds), (k_tokens, k_bounds) = (
+        route._sampled(blocks.perm, blocks.offsets[..., : blocks.num_video + 1], blocks.longest)
+        for blocks in (blocked.queries, blocked.keys)
     )
-    k_tokens, k_bounds = route._sampled(blocked.keys.perm, blocked.keys.offsets[..., : columns + 1])
     sampled = (shape.tokens - shape.text) / 4
     flops = 2 * shape.heads * shape.head_dim * sampled**2
     least = _size(*parts[:2]) / 4 + 4 * shape.heads * rows * columns
@@ -232,6 +232,7 @@ def block_importance_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[
             k_tokens=k_tokens,
             k_bounds=k_bounds,
             scale=blocked.scale,
+            k_longest=16,
         )
 
     yield Case(f"{rows} x {columns}", call, flops, least)

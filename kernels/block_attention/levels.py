@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -37,9 +38,6 @@ _SMALLEST = 8
 _CHUNK = 1024
 """Tiles of a row that are looked at together."""
 _BLOCK = tl.constexpr(BLOCK_BIT)
-_MORE = tl.constexpr(1 << LENGTH_BITS)
-_LEVEL = tl.constexpr((1 << BLOCK_BIT) - 1)
-_SHAPE = tl.constexpr((1 << START_BIT) - 1)
 
 
 def box_of(level: int, size: int) -> int:
@@ -57,7 +55,7 @@ def _pack_level(
     block,
     span,
     begin,
-    end,
+    known,
     target,
     counts,
     LEVEL: tl.constexpr,
@@ -67,19 +65,23 @@ def _pack_level(
 ):
     """The tiles of one level of a row, and how many entries they take."""
     done = 0
-    for part in tl.static_range(2):
-        for first in range(begin, end, CHUNK):
-            number = first + tl.arange(0, CHUNK)
-            where = tl.load(span + number, mask=number < end, other=0)
-            plain = (where & _SHAPE) == ((LEVEL - 1) * _MORE + BOX)
-            wanted = plain if part == 0 else (where != 0) & (plain == 0)
-            of = tl.load(block + number, mask=wanted, other=0)
-            kind = tl.load(codes + (of >> _BLOCK), mask=wanted, other=0)
-            chosen = wanted & (kind == LEVEL)
-            rank = tl.cumsum(chosen.to(tl.int32), 0)
-            tl.store(target + done + rank - 1, where, mask=chosen)
-            done += tl.sum(chosen.to(tl.int32), 0)
-        tl.store(counts + part, done)
+    full = 0
+    # those of full length come first, those that do not exist last
+    plain = tl.load(known)
+    exist = tl.load(known + 1)
+    for first in range(0, exist, CHUNK):
+        number = first + tl.arange(0, CHUNK)
+        inside = number < exist
+        of = tl.load(block + begin + number, mask=inside, other=0)
+        where = tl.load(span + begin + number, mask=inside, other=0)
+        kind = tl.load(codes + (of >> _BLOCK), mask=inside, other=0)
+        chosen = inside & (kind == LEVEL)
+        rank = tl.cumsum(chosen.to(tl.int32), 0)
+        tl.store(target + done + rank - 1, where, mask=chosen)
+        done += tl.sum(chosen.to(tl.int32), 0)
+        full += tl.sum((chosen & (number < plain)).to(tl.int32), 0)
+    tl.store(counts, full)
+    tl.store(counts + 1, done)
     # a turn is of one level, and what it lacks holds nothing
     padded = (done + PER // BOX - 1) // (PER // BOX) * (PER // BOX)
     missing = done + tl.arange(0, PER // BOX)
@@ -89,14 +91,15 @@ def _pack_level(
 
 @triton.jit(
     do_not_specialize=[
-        *("heads", "rows", "columns", "width", "first_1", "first_2", "first_3", "num_tiles"),
-        *("code_b", "code_h", "tile_b", "tile_h"),
+        *("heads", "rows", "columns", "width", "first_1", "first_2", "first_3"),
+        *("code_b", "code_h", "tile_b", "tile_h", "known_b", "known_h"),
     ]
 )
 def pack_levels_kernel(
     code,
     block,
     span,
+    known,
     listed,
     counts,
     heads,
@@ -106,11 +109,12 @@ def pack_levels_kernel(
     first_1,
     first_2,
     first_3,
-    num_tiles,
     code_b,
     code_h,
     tile_b,
     tile_h,
+    known_b,
+    known_h,
     BOX_0: tl.constexpr,
     BOX_1: tl.constexpr,
     BOX_2: tl.constexpr,
@@ -125,13 +129,20 @@ def pack_levels_kernel(
     codes = code + b * code_b + h * code_h + row.to(tl.int64) * columns
     block += b * tile_b + h * tile_h
     span += b * tile_b + h * tile_h
+    known += b * known_b + h * known_h
     place = head.to(tl.int64) * rows + row
     at = listed + place * width
     counts += place * 8
-    at += _pack_level(codes, block, span, 0, first_1, at, counts, 1, BOX_0, CHUNK, PER)
-    at += _pack_level(codes, block, span, first_1, first_2, at, counts + 2, 2, BOX_1, CHUNK, PER)
-    at += _pack_level(codes, block, span, first_2, first_3, at, counts + 4, 4, BOX_2, CHUNK, PER)
-    at += _pack_level(codes, block, span, first_3, num_tiles, at, counts + 6, 8, BOX_3, CHUNK, PER)
+    at += _pack_level(codes, block, span, 0, known, at, counts, 1, BOX_0, CHUNK, PER)
+    known += 2
+    counts += 2
+    at += _pack_level(codes, block, span, first_1, known, at, counts, 2, BOX_1, CHUNK, PER)
+    known += 2
+    counts += 2
+    at += _pack_level(codes, block, span, first_2, known, at, counts, 4, BOX_2, CHUNK, PER)
+    known += 2
+    counts += 2
+    at += _pack_level(codes, block, span, first_3, known, at, counts, 8, BOX_3, CHUNK, PER)
     # some more, which are read ahead
     tl.store(at + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
 
@@ -139,31 +150,42 @@ def pack_levels_kernel(
 class Mixed(NamedTuple):
     """Tiles of all levels in one row: the exact ones, and from each of ``firsts`` a further level's.
 
-    ``most`` is what a row's list can need, whatever the plan.
+    Those of a level are ordered: of full length, shorter, and places that hold none. ``known`` int32
+    ``[B|1, H|1, 8]``, by level, how many are of full length, and how many there are. ``most`` is
+    what a row's list can need, whatever the plan.
     """
 
     tiles: Tiles
     firsts: tuple[int, int, int]
+    known: Tensor
     most: int
 
 
-def mixed(exact: Tiles, pyramid: Pooled, columns: int) -> Mixed:
-    """Join the tiles of exact blocks and those of their pooled levels.
+def mixed(exact: Tiles, pyramid: Pooled, columns: int, size: int) -> Mixed:
+    """Join the tiles of exact blocks, of ``size``, and those of their pooled levels.
 
     A block has at most one tile more at another level than exact ones, for what is left over.
     """
-    parts = [exact, pyramid.tiles]
-    lead = torch.broadcast_shapes(*(part.span.shape[:2] for part in parts))
-    joined = (
-        torch.cat([x.expand(*lead, -1) for x in column], -1).contiguous()
-        for column in zip(*parts, strict=True)
+    lead = torch.broadcast_shapes(exact.span.shape[:2], pyramid.tiles.span.shape[:2])
+    widths = [pyramid.widths.get(level, 0) for level in LEVELS[1:]]
+    pooled = (x.split(widths, -1) for x in pyramid.tiles)
+    found = [exact, *(Tiles(*parts) for parts in zip(*pooled, strict=True))]
+    blocks, spans, known = [], [], []
+    for level, part in zip(LEVELS, found, strict=True):
+        block, span = (x.expand(*lead, -1) for x in part)
+        whole = (level - 1) << LENGTH_BITS | box_of(level, size)
+        plain, none = (span & ((1 << START_BIT) - 1)) == whole, span == 0
+        order = torch.where(plain, 0, torch.where(none, 2, 1)).sort(dim=-1, stable=True).indices
+        blocks.append(block.gather(-1, order))
+        spans.append(span.gather(-1, order))
+        known += [plain.sum(-1), (~none).sum(-1)]
+    firsts = list(accumulate(part.span.shape[-1] for part in found))
+    return Mixed(
+        Tiles(torch.cat(blocks, -1), torch.cat(spans, -1)),
+        (firsts[0], firsts[1], firsts[2]),
+        torch.stack(known, -1).to(torch.int32),
+        exact.span.shape[-1] + columns + len(LEVELS) * (TURN // _SMALLEST) + AHEAD,
     )
-    firsts, at = [], exact.span.shape[-1]
-    for level in LEVELS[1:]:
-        firsts.append(at)
-        at += pyramid.widths.get(level, 0)
-    most = exact.span.shape[-1] + columns + len(LEVELS) * (TURN // _SMALLEST) + AHEAD
-    return Mixed(Tiles(*joined), (firsts[0], firsts[1], firsts[2]), most)
 
 
 def packed_levels(
@@ -187,6 +209,7 @@ def packed_levels(
         code,
         found.tiles.block,
         found.tiles.span,
+        found.known,
         listed,
         counts,
         heads,
@@ -194,9 +217,9 @@ def packed_levels(
         columns,
         found.most,
         *found.firsts,
-        found.tiles.span.shape[-1],
         *lead_strides(code),
         *lead_strides(found.tiles.span),
+        *lead_strides(found.known),
         **_boxes(size),
         CHUNK=_CHUNK,
         PER=TURN,
@@ -250,12 +273,12 @@ def level_problem(
         keys.perm,
         keys.offsets,
         ("mixed", tuple(pyramid.rows), size, columns),
-        lambda: mixed(k_tiles, pyramid, columns),
+        lambda: mixed(k_tiles, pyramid, columns, size),
     )
     order = Compact(*(some(x) for x in keys))
     cut = pyramid._replace(rows={level: some(x) for level, x in pyramid.rows.items()})
     query = some(q)
-    found = found._replace(tiles=Tiles(*(some(x) for x in found.tiles)))
+    found = found._replace(tiles=Tiles(*(some(x) for x in found.tiles)), known=some(found.known))
     listed, counts = packed_levels(some(code), found, *query.shape[:2], size)
     return Problem(
         query if query.stride(-1) == 1 else query.contiguous(),
@@ -274,7 +297,7 @@ def level_problem(
 
 def _specimen(size: int) -> Specimen:
     constants = {**_boxes(size), "CHUNK": _CHUNK, "PER": TURN, "AHEAD": AHEAD}
-    pointers = {**dict.fromkeys(("block", "span", "listed", "counts"), "*i32"), "code": "*i8"}
+    pointers = {**dict.fromkeys(("block", "span", "known", "listed", "counts"), "*i32"), "code": "*i8"}
     signature = typed(pack_levels_kernel, constants, **pointers)
     return Specimen(f"pack levels {size}", pack_levels_kernel, signature, constants)
 

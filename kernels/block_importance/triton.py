@@ -177,7 +177,8 @@ def _by_block(
             line = sample.to(tl.int64)[:, None]
             at = (cell + step)[None, :]
             part = tl.load(sum_ptr + line * width + at, mask=known, other=0.0)
-            base = tl.load(base_ptr + (at // PER).to(tl.int64) * samples + line, mask=known, other=0.0)
+            turn = (at // PER).to(tl.int64)
+            base = tl.load(base_ptr + turn * samples + line, mask=known, other=0.0)
             total += part * tl.exp2(base - lse[:, None])
     tl.store(
         out_ptr + (((b * heads + h) * rows + i) * columns + column), tl.sum(total, 0), mask=inside
@@ -197,14 +198,17 @@ class Cells(NamedTuple):
     plain: Tensor
 
 
-def _cells(bounds: Tensor, tokens: Tensor) -> Cells:
+def _cells(bounds: Tensor, tokens: Tensor, longest: int | None) -> Cells:
     bounds = bounds.long()
     lead = tuple(max(a, b) for a, b in zip(bounds.shape[:2], tokens.shape[:2], strict=True))
     bounds, tokens = bounds.expand(*lead, -1), tokens.expand(*lead, -1)
     count = bounds.diff(dim=-1)
     ends = (-(-count // CELL)).cumsum(-1)
     cells = torch.nn.functional.pad(ends, (1, 0))
-    slots = -(-(tokens.shape[-1] // CELL + count.shape[-1]) * CELL // TURN) * TURN
+    most = tokens.shape[-1] // CELL + count.shape[-1]
+    if longest is not None:
+        most = min(most, count.shape[-1] * -(-longest // CELL))
+    slots = -(-most * CELL // TURN) * TURN
     slot = torch.arange(slots, device=tokens.device)
     turn, column = slot // TURN, slot % TURN
     of = turn * (TURN // CELL) + column % 8 // 2 * 2 + column // 64
@@ -228,6 +232,7 @@ def block_importance(
     k_tokens: Tensor,
     k_bounds: Tensor,
     scale: float,
+    k_longest: int | None = None,
 ) -> Tensor:
     batch, heads, _, depth = q.shape
     rows, columns = q_bounds.shape[-1] - 1, k_bounds.shape[-1] - 1
@@ -237,7 +242,9 @@ def block_importance(
         return out.zero_()
     q = q if q.stride(3) == 1 else q.contiguous()
     k = k if k.stride(3) == 1 else k.contiguous()
-    cells = remembered(k_tokens, k_bounds, "cells", lambda: _cells(k_bounds, k_tokens))
+    cells = remembered(
+        k_tokens, k_bounds, ("cells", k_longest), lambda: _cells(k_bounds, k_tokens, k_longest)
+    )
     q_tokens, q_bounds = q_tokens.contiguous(), q_bounds.contiguous()
     slots = cells.tokens.shape[-1]
     width = slots // CELL

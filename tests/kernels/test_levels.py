@@ -43,7 +43,7 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
     pyramid = pooled(
         order.offsets, LENGTH, (2, 4, 8), lambda level: levels.box_of(level, size), longest
     )
-    found = levels.mixed(exact, pyramid, blocks)
+    found = levels.mixed(exact, pyramid, blocks, size)
     listed, counts = levels.packed_levels(code, found, 2, 1, size)
     assert listed.shape == (2, 1, 2, found.most)
     keys_of = rows_of(pyramid)
