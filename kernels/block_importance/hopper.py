@@ -314,7 +314,7 @@ def sums(
     first: int,
     pairs: int,
     scale: float,
-    setting: str = "2",
+    setting: str = "3pp",
 ) -> None:
     """As `triton`'s, in fp16 or bf16, for head sizes 64 and 128 and positive scales."""
     depth, samples = q.shape[-1], q_tokens.shape[-1]

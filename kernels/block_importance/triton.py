@@ -36,7 +36,7 @@ KEPT_BYTES = 2**30
 """What the sums by query and cell may take."""
 
 
-BY_BLOCK = {"BR": 8, "num_warps": 4}
+BY_BLOCK = {"BR": 8, "BC": 128, "num_warps": 4}
 
 
 class Kept(NamedTuple):
@@ -265,7 +265,7 @@ def block_importance(
         some = min(at_once, pairs - first)
         gather_rows(k, cells.tokens, kept.keys, first, some)
         run(q, q_tokens, q_bounds, cells, kept, first, some, scale)
-        _by_block[(triton.cdiv(columns, 128), rows, some)](
+        _by_block[(triton.cdiv(columns, BY_BLOCK["BC"]), rows, some)](
             kept.sums,
             kept.bases,
             kept.lse,
@@ -281,7 +281,6 @@ def block_importance(
             heads,
             first,
             PER=TURN // CELL,
-            BC=128,
             **BY_BLOCK,
         )
     return out

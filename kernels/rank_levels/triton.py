@@ -12,6 +12,10 @@ from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
 
 
+_LEAST = tl.constexpr(0x007FFFFF)
+"""What stands for -inf among the numbers that floats are ordered by."""
+
+
 @triton.jit(do_not_specialize=["heads", "rows", "width"])
 def _rank(
     score_ptr,
@@ -38,9 +42,10 @@ def _rank(
     place = tl.arange(0, BLOCK)
     inside = place < width
     score = tl.load(score_ptr + line * width + place, mask=inside, other=float("-inf"))
-    some = score > float("-inf")
     worth = tl.load(
-        worth_ptr + b * worth_b + h * worth_h + row * worth_n + place, mask=some, other=0
+        worth_ptr + b * worth_b + h * worth_h + row * worth_n + place,
+        mask=score > float("-inf"),
+        other=0,
     )
     worth = worth.to(tl.float32)
     # floats in their own order as unsigned numbers; zeros of both signs are equal
@@ -61,7 +66,7 @@ def _rank(
                 fits = above < bound
             beyond = tl.where(fits, beyond, more)
         # what equals the next number is within as long as there is room, in order
-        within = some & (key > beyond)
+        within = key > tl.maximum(beyond, _LEAST)
         edge = within & (key - 1 == beyond)
         added = tl.where(edge, worth, 0.0)
         reach = tl.sum(tl.where(within & (edge == 0), worth, 0.0), 0) + tl.cumsum(added, 0)
@@ -109,7 +114,7 @@ def rank_levels(
 
 
 def _warps(block: int) -> int:
-    return 1 if block <= 256 else 4 if block <= 2048 else 8
+    return 1 if block <= 256 else 2 if block <= 2048 else 8
 
 
 def _specimen(block: int, number: int, inclusive: bool) -> Specimen:
