@@ -133,11 +133,11 @@ def _cut(
 class Pooled(NamedTuple):
     """Where the means of each level stand in a table behind the keys, and their tiles.
 
-    ``rows`` by level: int32 ``[B|1, H|1, R]`` spans of the keys that each row is the mean of;
+    ``rows`` int32 ``[B|1, H|1, R]``, spans of the keys that each row is the mean of, level by level;
     ``tiles`` of all levels together, ``widths`` of them by level; ``height``, rows of the table.
     """
 
-    rows: dict[int, Tensor]
+    rows: Tensor
     tiles: Tiles
     widths: dict[int, int]
     height: int
@@ -155,11 +155,14 @@ def pooled(
     The last mean of a block may be of fewer keys, and is then a tile of its own.
     """
     counts = offsets.diff(dim=-1).long()
-    rows, parts, base = {}, [], length
+    rows: list[Tensor] = []
+    parts, base = [], length
     widths = {}
     for level in levels:
         most_means = size if isinstance(size, int) else size(level)
-        rows[level] = tiles(offsets, length, level, longest).span
+        # none for empty blocks, which bounded tiles would have
+        within = None if longest is None or longest <= level else longest
+        rows.append(tiles(offsets, length, level, within).span)
         per_block = -(-counts // level)
         first = per_block.cumsum(-1) - per_block + base
         whole, left = counts // level, counts % level
@@ -174,6 +177,6 @@ def pooled(
             )
         )
         widths[level] = sum(part.span.shape[-1] for part in parts[-2:])
-        base += rows[level].shape[-1]
+        base += rows[-1].shape[-1]
     joined = (torch.cat(column, -1).contiguous() for column in zip(*parts, strict=True))
-    return Pooled(rows, Tiles(*joined), widths, base)
+    return Pooled(torch.cat(rows, -1), Tiles(*joined), widths, base)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_attention.problem import AHEAD, Problem, some_of, table_of
+from dit_accel.kernels.block_attention.problem import AHEAD, Problem, some_of, tables_of
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
     BLOCK_BIT,
@@ -272,18 +272,16 @@ def level_problem(
     found = remembered(
         keys.perm,
         keys.offsets,
-        ("mixed", tuple(pyramid.rows), size, columns),
+        ("mixed", tuple(pyramid.widths), size, columns),
         lambda: mixed(k_tiles, pyramid, columns, size),
     )
     order = Compact(*(some(x) for x in keys))
-    cut = pyramid._replace(rows={level: some(x) for level, x in pyramid.rows.items()})
     query = some(q)
     found = found._replace(tiles=Tiles(*(some(x) for x in found.tiles)), known=some(found.known))
     listed, counts = packed_levels(some(code), found, *query.shape[:2], size)
     return Problem(
         query if query.stride(-1) == 1 else query.contiguous(),
-        table_of(some(k), order, cut),
-        table_of(some(v), order, cut),
+        *tables_of(some(k), some(v), order, pyramid._replace(rows=some(pyramid.rows))),
         Compact(*(some(x) for x in queries)),
         Tiles(*(some(x) for x in q_tiles)),
         listed,

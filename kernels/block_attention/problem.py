@@ -93,7 +93,8 @@ def pack_kernel(
 
 @triton.jit(do_not_specialize=["heads", "rows", "height", "base", "span_b", "span_h"])
 def pool_kernel(
-    table,
+    keys,
+    values,
     span,
     heads,
     rows,
@@ -105,8 +106,11 @@ def pool_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Means of up to so many rows of a table, written behind them."""
+    """Means of up to so many rows of both tables, written behind them."""
     head = tl.program_id(1)
+    table = keys
+    if tl.program_id(2) == 1:
+        table = values
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = place < rows
@@ -189,31 +193,35 @@ def packed(
     return listed, counts
 
 
-def table_of(x: Tensor, order: Compact, pyramid: Pooled | None) -> Tensor:
-    """Keys or values in the order, and behind them the means of every level."""
+def tables_of(
+    k: Tensor, v: Tensor, order: Compact, pyramid: Pooled | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values in the order, and behind them the means of every level."""
     if pyramid is None:
-        return gathered(x, order)
-    batch, heads, length, depth = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    table = torch.empty(batch, heads, pyramid.height, depth, dtype=x.dtype, device=x.device)
-    gather_rows(x, order.perm, table, 0, batch * heads)
-    base = length
-    for level, span in pyramid.rows.items():
-        rows = span.shape[-1]
-        pool_kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
-            table,
-            span,
-            heads,
-            rows,
-            pyramid.height,
-            base,
-            *lead_strides(span),
-            LEVEL=level,
-            D=depth,
-            ROWS=_ROWS,
-        )
-        base += rows
-    return table
+        return gathered(k, order), gathered(v, order)
+    batch, heads, length, depth = k.shape
+    keys, values = (
+        torch.empty(batch, heads, pyramid.height, depth, dtype=x.dtype, device=x.device)
+        for x in (k, v)
+    )
+    for x, table in ((k, keys), (v, values)):
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        gather_rows(x, order.perm, table, 0, batch * heads)
+    rows = pyramid.rows.shape[-1]
+    pool_kernel[(triton.cdiv(rows, _ROWS), batch * heads, 2)](
+        keys,
+        values,
+        pyramid.rows,
+        heads,
+        rows,
+        pyramid.height,
+        length,
+        *lead_strides(pyramid.rows),
+        LEVEL=max(pyramid.widths),
+        D=depth,
+        ROWS=_ROWS,
+    )
+    return keys, values
 
 
 def some_of(x: Tensor, batch: slice, heads: slice) -> Tensor:
@@ -257,7 +265,7 @@ def _specimens() -> list[Specimen]:
         Specimen(
             "pool bf16 D128",
             pool_kernel,
-            typed(pool_kernel, pool, table="*bf16", span="*i32"),
+            typed(pool_kernel, pool, keys="*bf16", values="*bf16", span="*i32"),
             pool,
         ),
     ]

@@ -24,7 +24,7 @@ from dit_accel.kernels.block_attention.problem import (
     Problem,
     packed,
     pooled_parts,
-    table_of,
+    tables_of,
     tiles_of,
 )
 from dit_accel.kernels.merge.triton import merge
@@ -264,8 +264,7 @@ def block_attention(
     listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
-        table_of(k, keys, pyramid),
-        table_of(v, keys, pyramid),
+        *tables_of(k, v, keys, pyramid),
         queries,
         q_tiles,
         listed,
