@@ -19,14 +19,17 @@ from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.block_attention.levels import SPECIMENS as LEVEL_SPECIMENS
 from dit_accel.kernels.block_attention.levels import box_of, head_groups, level_problem
-from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
 from dit_accel.kernels.block_attention.problem import (
+    AHEAD,
     Problem,
     packed,
     pooled_parts,
     tables_of,
     tiles_of,
 )
+from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
+from dit_accel.kernels.block_attention.runs import SPECIMENS as RUN_SPECIMENS
+from dit_accel.kernels.block_attention.runs import packed_runs
 from dit_accel.kernels.merge.triton import merge
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
@@ -250,10 +253,10 @@ def block_attention(
                 k_longest,
             ),
         )
-    k_tiles = tiles_of(keys, length, bn, k_longest)
     if pyramid is not None and on_hopper:
         from dit_accel.kernels.block_attention import hopper
 
+        k_tiles = tiles_of(keys, length, bn, k_longest)
         out, lse = _results(q)
         for some in head_groups(k, pyramid, whole=rest is not None):
             part = level_problem(some, q, k, v, code, queries, q_tiles, keys, k_tiles, pyramid, bn)
@@ -261,7 +264,11 @@ def block_attention(
             before = None if onto is None else (some(onto[0]), some(onto[1]))
             hopper.attend(part, rest, bn, before, levels=True)
         return out, lse
-    listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
+    if k_longest is None:
+        listed, counts = packed_runs(code, keys.offsets, q.shape[0], q.shape[1], length, bn, AHEAD)
+    else:
+        k_tiles = tiles_of(keys, length, bn, k_longest)
+        listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
         *tables_of(k, v, keys, pyramid),
@@ -275,16 +282,18 @@ def block_attention(
     )
 
     def attend(problem: Problem, rest: RestTerms | None, size: int, onto: Any) -> None:
+        # a first-order term goes by the rest's share of the mass, and `onto` would be part of it
+        within = on_hopper and (rest is None or rest.cov_sum is None)
         if on_hopper:
             from dit_accel.kernels.block_attention import hopper
 
-            hopper.attend(problem, rest, size, onto)
+            hopper.attend(problem, rest, size, onto if within else None)
         else:
             _attend(problem, rest, bm, size, chosen)
-            if onto is not None:
-                made = merge(problem.out, problem.lse, *onto)
-                for mine, new in zip((problem.out, problem.lse), made, strict=True):
-                    mine.copy_(new)
+        if onto is not None and not within:
+            made = merge(problem.out, problem.lse, *onto)
+            for mine, new in zip((problem.out, problem.lse), made, strict=True):
+                mine.copy_(new)
 
     attend(problem, rest, bn, onto)
     if pyramid is not None:
@@ -407,19 +416,24 @@ def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, 
     return Specimen(name, attend_kernel, signature, constants, options)
 
 
-SPECIMENS = PLAN_SPECIMENS + LEVEL_SPECIMENS + (
-    [
-        _specimen(
-            f"attend {dtype} D{depth}{' rest' if rest else ''}",
-            dtype,
-            depth,
-            rest,
-            {"BM": 128, "BN": 64, "STAGES": 2, "num_warps": 8},
-        )
-        for dtype in ("bf16", "fp16")
-        for depth in (64, 128)
-        for rest in (False, True)
-    ]
-    if isinstance(attend_kernel, triton.JITFunction)
-    else []
+SPECIMENS = (
+    PLAN_SPECIMENS
+    + LEVEL_SPECIMENS
+    + RUN_SPECIMENS
+    + (
+        [
+            _specimen(
+                f"attend {dtype} D{depth}{' rest' if rest else ''}",
+                dtype,
+                depth,
+                rest,
+                {"BM": 128, "BN": 64, "STAGES": 2, "num_warps": 8},
+            )
+            for dtype in ("bf16", "fp16")
+            for depth in (64, 128)
+            for rest in (False, True)
+        ]
+        if isinstance(attend_kernel, triton.JITFunction)
+        else []
+    )
 )
