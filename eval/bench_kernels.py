@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dit_accel.eval.kernel_cases import CASES, SHAPES, Case, Shape, inputs
+from dit_accel.eval.kernel_cases import CASES, SHAPES, STRENGTHS, Case, Shape, inputs
 from dit_accel.eval.kernel_checks import CHECKS
 from dit_accel.eval.memory_cases import MEMORY_CASES, MEMORY_CHECKS
 from dit_accel.eval.method_cases import check_methods, method_cases
@@ -184,6 +184,7 @@ def run(
     *,
     dtype: str = "bfloat16",
     device: str = "cuda",
+    strength: str = "sharp",
     budget_ms: float = 200.0,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -194,10 +195,16 @@ def run(
         shapes: names of `SHAPES`.
         dtype: one of `DTYPES`.
         device: ``"cuda"``, or ``"cpu"`` for what runs there.
+        strength: of the inputs' attention, one of `STRENGTHS`.
         budget_ms: of calls, for each row.
         say: told every row when it is there.
     """
-    found: dict[str, Any] = {"dtype": dtype, "device": device, "rows": []}
+    found: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "strength": strength,
+        "rows": [],
+    }
     if device == "cuda":
         found["device"] = torch.cuda.get_device_name()
         found["ceilings"] = ceilings(budget_ms)
@@ -215,7 +222,7 @@ def run(
                 say(f"{op}, D={depth}: {wrong[op, depth]}\n{traceback.format_exc()}")
     for name in shapes:
         shape: Shape = SHAPES[name]
-        parts = inputs(shape, DTYPES[dtype], device)
+        parts = inputs(shape, DTYPES[dtype], device, strength=strength)
         for op in operations:
             where = {"op": op, "shape": name}
             if (op, shape.head_dim) in wrong:
@@ -254,6 +261,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", default="wan14b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument(
+        "--inputs", default="sharp", choices=STRENGTHS, help="how concentrated attention is"
+    )
     parser.add_argument("--budget-ms", type=float, default=200.0, help="of calls, for each row")
     parser.add_argument("--out", type=Path, help="write the rows there, as JSON")
     given = parser.parse_args(words)
@@ -269,6 +279,7 @@ def main(words: Sequence[str] | None = None) -> int:
             given.shapes.split(","),
             dtype=given.dtype,
             device=given.device,
+            strength=given.inputs,
             budget_ms=given.budget_ms,
             say=lambda text: print(text, flush=True),
         )

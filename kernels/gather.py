@@ -11,7 +11,7 @@ from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
 
 
-@triton.jit(do_not_specialize=["heads", "places", "first_pair"])
+@triton.jit(do_not_specialize=["heads", "places", "height", "first_pair"])
 def _gather(
     x_ptr,
     token_ptr,
@@ -23,6 +23,7 @@ def _gather(
     token_h,
     heads,
     places,
+    height,
     first_pair,
     D: tl.constexpr,
     BN: tl.constexpr,
@@ -38,7 +39,7 @@ def _gather(
         mask=(token >= 0)[:, None],
         other=0.0,
     )
-    where = (pair * places + place)[:, None] * D + depth[None, :]
+    where = (pair * height + place)[:, None] * D + depth[None, :]
     tl.store(out_ptr + where, row, mask=inside[:, None])
 
 
@@ -48,7 +49,7 @@ def gather_rows(x: Tensor, tokens: Tensor, out: Tensor, first_pair: int, pairs: 
     Args:
         x: ``[B, H, L, D]``, with a last stride of 1.
         tokens: int32 ``[B|1, H|1, M]``.
-        out: ``[P, M, D]``, contiguous.
+        out: ``[P, M or more, D]``, contiguous.
         first_pair: ``b · H + h`` of the first one.
         pairs: how many, at most ``P``.
     """
@@ -58,7 +59,10 @@ def gather_rows(x: Tensor, tokens: Tensor, out: Tensor, first_pair: int, pairs: 
         _gather,
         (-(-places // block), pairs),
         (x, tokens, out),
-        (*x.stride()[:3], *lead_strides(tokens), x.shape[1], places, first_pair),
+        (
+            *(*x.stride()[:3], *lead_strides(tokens)),
+            *(x.shape[1], places, out.shape[-2], first_pair),
+        ),
         D=x.shape[3],
         BN=block,
         num_warps=4,

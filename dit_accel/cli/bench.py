@@ -110,6 +110,9 @@ def kernels(
     ] = "wan14b,wan1.3b,hunyuan,flux",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cuda, or cpu for what runs there.")] = "cuda",
+    strength: Annotated[
+        str, typer.Option("--inputs", help="sharp or broad: how concentrated attention is.")
+    ] = "sharp",
     budget_ms: Annotated[float, typer.Option(help="Of calls, for each row.")] = 200.0,
     target: Annotated[Path | None, typer.Option("--out", help="Also write JSON there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
@@ -122,13 +125,14 @@ def kernels(
 
     from dit_accel.errors import InputError
     from dit_accel.eval import bench_kernels, records
-    from dit_accel.eval.kernel_cases import SHAPES
+    from dit_accel.eval.kernel_cases import SHAPES, STRENGTHS
     from dit_accel.pipelines import media
 
     for name, known, given in (
         ("ops", bench_kernels.ALL_CASES, ops),
         ("shapes", SHAPES, shapes),
         ("dtype", bench_kernels.DTYPES, dtype),
+        ("inputs", STRENGTHS, strength),
     ):
         for word in given.split(","):
             if word not in known:
@@ -143,6 +147,7 @@ def kernels(
             shapes.split(","),
             dtype=dtype,
             device=device,
+            strength=strength,
             budget_ms=budget_ms,
             say=lambda text: err.print(text, highlight=False, markup=False),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from dit_accel.kernels.packed import (
 )
 from dit_accel.kernels.specimen import Specimen, typed
 
-_AHEAD = 16
+AHEAD = 16
 """Empty entries after every list: what a kernel may read beyond it."""
 _LIST_BYTES = 256 * 2**20
 """What the lists of pooled tiles may take at once."""
@@ -106,7 +107,7 @@ def pool_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Means of up to so many rows of two tables, written behind them."""
+    """Means of up to so many rows of both tables, written behind them."""
     head = tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -139,7 +140,7 @@ class Problem(NamedTuple):
     """A call as kernels read it: queries and keys in order, a packed plan, where results go."""
 
     q: Tensor  # [B, H, L, D], rows of any stride
-    keys: Tensor  # [B, H, L, D], contiguous, in order
+    keys: Tensor  # [B, H, L or more, D], contiguous, in order, means behind them
     values: Tensor
     queries: Compact
     q_tiles: Tiles
@@ -162,7 +163,7 @@ def packed(
     """Every row's exact tiles as a list, ``[B, H, Nq, T + 2]``, and how many, ``[B, H, Nq, 2]``."""
     rows, columns = code.shape[2:]
     num_tiles = k_tiles.span.shape[-1]
-    listed = code.new_empty((batch, heads, rows, num_tiles + _AHEAD), dtype=torch.int32)
+    listed = code.new_empty((batch, heads, rows, num_tiles + AHEAD), dtype=torch.int32)
     counts = code.new_empty((batch, heads, rows, 2), dtype=torch.int32)
     launch(
         pack_kernel,
@@ -174,7 +175,7 @@ def packed(
         ),
         SIZE=size,
         CHUNK=_CHUNK,
-        AHEAD=_AHEAD,
+        AHEAD=AHEAD,
     )
     return listed, counts
 
@@ -182,22 +183,22 @@ def packed(
 def tables_of(
     k: Tensor, v: Tensor, order: Compact, pyramid: Pooled | None
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values in an order, ``[B, H, L, D]``, and behind them the means of every level."""
+    """Keys and values in the order, and behind them the means of every level."""
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, length, depth = k.shape
     height = length if pyramid is None else pyramid.height
     keys, values = (
-        torch.empty(batch, heads, height, depth, dtype=k.dtype, device=k.device) for _ in range(2)
+        torch.empty(batch, heads, height, depth, dtype=x.dtype, device=x.device) for x in (k, v)
     )
     gather_both(k, v, order.perm, keys, values)
     if pyramid is not None:
-        rows = height - length
+        rows = pyramid.span.shape[-1]
         launch(
             pool_kernel,
             (-(-rows // _ROWS), batch * heads, 2),
             (keys, values, pyramid.span),
             (heads, rows, height, length, *lead_strides(pyramid.span)),
-            MOST=max(pyramid.levels),
+            MOST=max(pyramid.widths),
             D=depth,
             ROWS=_ROWS,
             num_warps=4,
@@ -205,18 +206,20 @@ def tables_of(
     return keys, values
 
 
+def some_of(x: Tensor, batch: slice, heads: slice) -> Tensor:
+    """Some heads of ``[B|1, H|1, ...]``."""
+    x = x[batch] if x.shape[0] > 1 else x
+    return x[:, heads] if x.shape[1] > 1 else x
+
+
 def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Problem]:
     """The pooled tiles of a problem, some heads at a time: their lists are long."""
     batch, heads, rows, _ = problem.counts.shape
-    each = rows * (pyramid.tiles.span.shape[-1] + _AHEAD) * 4
+    each = rows * (pyramid.tiles.span.shape[-1] + AHEAD) * 4
     step = max(1, _LIST_BYTES // each)
     for b in range(batch):
         for h in range(0, heads, step):
-
-            def cut(x: Tensor, b: int = b, h: int = h) -> Tensor:
-                x = x[b : b + 1] if x.shape[0] > 1 else x
-                return x[:, h : h + step] if x.shape[1] > 1 else x
-
+            cut = partial(some_of, batch=slice(b, b + 1), heads=slice(h, h + step))
             q, code = cut(problem.q), cut(problem.code).contiguous()
             found = Tiles(*(cut(x) for x in pyramid.tiles))
             listed, counts = packed(code, found, 1, q.shape[1], size)
@@ -235,7 +238,7 @@ def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Probl
 
 
 def _specimens() -> list[Specimen]:
-    pack = {"SIZE": 64, "CHUNK": _CHUNK, "AHEAD": _AHEAD}
+    pack = {"SIZE": 64, "CHUNK": _CHUNK, "AHEAD": AHEAD}
     pointers = {**dict.fromkeys(("block", "span", "listed", "counts"), "*i32"), "code": "*i8"}
     pool = {"MOST": 8, "D": 128, "ROWS": _ROWS}
     return [

@@ -17,14 +17,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
-from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
+from dit_accel.kernels.block_attention.levels import SPECIMENS as LEVEL_SPECIMENS
+from dit_accel.kernels.block_attention.levels import box_of, head_groups, level_problem
 from dit_accel.kernels.block_attention.problem import (
+    AHEAD,
     Problem,
     packed,
     pooled_parts,
     tables_of,
     tiles_of,
 )
+from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
+from dit_accel.kernels.block_attention.runs import SPECIMENS as RUN_SPECIMENS
+from dit_accel.kernels.block_attention.runs import packed_runs
 from dit_accel.kernels.block_attention.tables import SPECIMENS as TABLE_SPECIMENS
 from dit_accel.kernels.block_attention.tables import rest_tables
 from dit_accel.kernels.launch import launch
@@ -41,7 +46,7 @@ from dit_accel.kernels.packed import (
 from dit_accel.kernels.specimen import Specimen
 
 LOG2E = 1.4426950408889634
-_POOLED_BOX, _POOLED_TILE = 8, 16
+_POOLED_TILE = 16
 """Means in a tile: a block of 64 keys has 8 of the coarsest level, and a product wants 16."""
 WEIGHTS = {"plain": 0, "second": 1, "gaussian": 2}
 _BITS = tl.constexpr(START_BIT)
@@ -242,15 +247,34 @@ def block_attention(
     length = k.shape[2]
     pyramid = None
     if levels:
-        box = _POOLED_BOX if on_hopper else _POOLED_TILE
         pyramid = remembered(
             keys.perm,
             keys.offsets,
-            ("pooled", levels, box, k_longest),
-            lambda: pooled(keys.offsets, length, levels, box, k_longest),
+            ("pooled", levels, bn if on_hopper else 0, k_longest),
+            lambda: pooled(
+                keys.offsets,
+                length,
+                levels,
+                (lambda level: box_of(level, bn)) if on_hopper else _POOLED_TILE,
+                k_longest,
+            ),
         )
-    k_tiles = tiles_of(keys, length, bn, k_longest)
-    listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
+    if pyramid is not None and on_hopper:
+        from dit_accel.kernels.block_attention import hopper
+
+        k_tiles = tiles_of(keys, length, bn, k_longest)
+        out, lse = into
+        for some in head_groups(k, pyramid, whole=rest is not None):
+            part = level_problem(some, q, k, v, code, queries, q_tiles, keys, k_tiles, pyramid, bn)
+            part = part._replace(scale=scale, out=some(out), lse=some(lse))
+            before = None if onto is None else (some(onto[0]), some(onto[1]))
+            hopper.attend(part, rest, bn, before, levels=True)
+        return out, lse
+    if k_longest is None:
+        listed, counts = packed_runs(code, keys.offsets, q.shape[0], q.shape[1], length, bn, AHEAD)
+    else:
+        k_tiles = tiles_of(keys, length, bn, k_longest)
+        listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
         *tables_of(k, v, keys, pyramid),
@@ -264,23 +288,23 @@ def block_attention(
     )
 
     def attend(problem: Problem, rest: RestTerms | None, size: int, onto: Any) -> None:
+        # a first-order term goes by the rest's share of the mass, and `onto` would be part of it
+        within = on_hopper and (rest is None or rest.cov_sum is None)
         if on_hopper:
             from dit_accel.kernels.block_attention import hopper
 
-            hopper.attend(problem, rest, size, onto)
+            hopper.attend(problem, rest, size, onto if within else None)
         else:
             _attend(problem, rest, bm, size, chosen)
-            if onto is not None:
-                made = merge(problem.out, problem.lse, *onto)
-                for mine, new in zip((problem.out, problem.lse), made, strict=True):
-                    mine.copy_(new)
+        if onto is not None and not within:
+            made = merge(problem.out, problem.lse, *onto)
+            for mine, new in zip((problem.out, problem.lse), made, strict=True):
+                mine.copy_(new)
 
     attend(problem, rest, bn, onto)
     if pyramid is not None:
-        for part in pooled_parts(problem, pyramid, box):
-            # Hopper's kernel reads a row before it writes it
-            before = part.out, part.lse
-            attend(part, None, box, before if on_hopper else tuple(x.clone() for x in before))
+        for part in pooled_parts(problem, pyramid, _POOLED_TILE):
+            attend(part, None, _POOLED_TILE, (part.out.clone(), part.lse.clone()))
     return problem.out, problem.lse
 
 
@@ -381,19 +405,25 @@ def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, 
     return Specimen(name, attend_kernel, signature, constants, options)
 
 
-SPECIMENS = [*PLAN_SPECIMENS, *TABLE_SPECIMENS] + (
-    [
-        _specimen(
-            f"attend {dtype} D{depth}{' rest' if rest else ''}",
-            dtype,
-            depth,
-            rest,
-            {"BM": 128, "BN": 64, "STAGES": 2, "num_warps": 8},
-        )
-        for dtype in ("bf16", "fp16")
-        for depth in (64, 128)
-        for rest in (False, True)
-    ]
-    if isinstance(attend_kernel, triton.JITFunction)
-    else []
+SPECIMENS = (
+    PLAN_SPECIMENS
+    + LEVEL_SPECIMENS
+    + RUN_SPECIMENS
+    + TABLE_SPECIMENS
+    + (
+        [
+            _specimen(
+                f"attend {dtype} D{depth}{' rest' if rest else ''}",
+                dtype,
+                depth,
+                rest,
+                {"BM": 128, "BN": 64, "STAGES": 2, "num_warps": 8},
+            )
+            for dtype in ("bf16", "fp16")
+            for depth in (64, 128)
+            for rest in (False, True)
+        ]
+        if isinstance(attend_kernel, triton.JITFunction)
+        else []
+    )
 )

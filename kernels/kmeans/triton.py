@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.kmeans.start import starting_centroids
 from dit_accel.kernels.order import label_bounds, sorted_labels
 from dit_accel.kernels.specimen import Specimen, typed
@@ -196,6 +197,12 @@ class Clusters:
 
 
 def _assign_all(x: Tensor, state: Clusters, step: int) -> None:
+    if x.dtype.itemsize == 2 and x.shape[3] in HEAD_SIZES and is_hopper(x.device):
+        from dit_accel.kernels.kmeans import hopper
+
+        parts = (state.centre, state.half, state.labels, state.valid, state.changed)
+        hopper.assign(x, *parts, state.arguments(x, step))
+        return
     wide = x.dtype != torch.float32
     block_m = 128 if wide else 64
     _assign[(triton.cdiv(x.shape[2], block_m), x.shape[0] * x.shape[1])](

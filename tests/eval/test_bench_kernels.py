@@ -5,6 +5,7 @@ import torch
 
 from dit_accel.eval import bench_kernels, kernel_checks, memory_cases
 from dit_accel.eval.kernel_cases import SHAPES, Shape, inputs
+from dit_accel.eval.method_cases import method_cases
 
 
 def test_rows_are_written(tmp_path, capsys):
@@ -79,6 +80,24 @@ def test_inputs_differ_by_head_and_can_be_repeated():
     assert first[0].shape == (1, shape.heads, shape.tokens, shape.head_dim)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0][:, 0], first[0][:, 1])
+
+
+def test_broad_inputs_attend_to_more_keys():
+    shape = SHAPES["small"]
+    shares = []
+    for strength in ("sharp", "broad"):
+        q, k, _ = inputs(shape, torch.float32, "cpu", strength=strength)
+        share = (q @ k.mT * shape.head_dim**-0.5).softmax(-1)
+        shares.append(float((share.square().sum(-1) ** -1).mean()))
+    assert shares[1] > 2 * shares[0]
+
+
+def test_ranks_of_psa_cost_what_they_say():
+    shape = SHAPES["small"]
+    parts = inputs(shape, torch.float32, "cpu")
+    notes = {case.name: case.note for case in method_cases(shape, parts)}
+    assert "with means" in notes["psa, work 0.15"]
+    assert "with means" not in notes["pisa"]
 
 
 def test_unknown_names_are_told(capsys):
