@@ -19,6 +19,7 @@ from dit_accel.eval.calls import Call
 from dit_accel.flashblock import KeptRest
 from dit_accel.layout import Blocked, Gilbert, Layout
 from dit_accel.method import Method
+from dit_accel.pyramid import pooled_pairs
 from dit_accel.rest import Drop
 from dit_accel.state import State
 from dit_accel.types import EXACT, REST, Blocks, Plan, TokenPlan
@@ -136,13 +137,8 @@ def _kinds(blocked: Blocked, plan: Plan | TokenPlan, rest: int, keeps: bool) -> 
 def _pooled(blocked: Blocked, plan: Plan | TokenPlan) -> float:
     if isinstance(plan, TokenPlan):
         return 0.0
-    count = blocked.summary().count[0, 0]
-    sizes = blocked.queries.sizes[0, 0].double()
-    read = sum(
-        float(sizes @ (plan.code[0, 0] == level).double() @ (-(-count // level)).double())
-        for level in _LEVELS
-    )
-    return read / (blocked.q.shape[2] * int(count.sum()))
+    every = blocked.q.shape[2] * int(blocked.summary().count[0, 0].sum())
+    return int(pooled_pairs(blocked, plan)[0, 0]) / every
 
 
 def attention_map(captured: Call, layout: Layout | None = None) -> Tensor:
