@@ -148,11 +148,11 @@ def pack_levels_kernel(
 
 
 class Mixed(NamedTuple):
-    """Tiles of all levels in one row: the exact ones, and from each of ``firsts`` a further level's.
+    """Tiles of all levels in one row: the exact ones, and from each of ``firsts`` another level's.
 
-    Those of a level are ordered: of full length, shorter, and places that hold none. ``known`` int32
-    ``[B|1, H|1, 8]``, by level, how many are of full length, and how many there are. ``most`` is
-    what a row's list can need, whatever the plan.
+    Those of a level are ordered: of full length, shorter, and places that hold none. ``known``
+    int32 ``[B|1, H|1, 8]``, by level, how many are of full length, and how many there are. ``most``
+    is what a row's list can need, whatever the plan.
     """
 
     tiles: Tiles
@@ -295,7 +295,8 @@ def level_problem(
 
 def _specimen(size: int) -> Specimen:
     constants = {**_boxes(size), "CHUNK": _CHUNK, "PER": TURN, "AHEAD": AHEAD}
-    pointers = {**dict.fromkeys(("block", "span", "known", "listed", "counts"), "*i32"), "code": "*i8"}
+    names = ("block", "span", "known", "listed", "counts")
+    pointers = {**dict.fromkeys(names, "*i32"), "code": "*i8"}
     signature = typed(pack_levels_kernel, constants, **pointers)
     return Specimen(f"pack levels {size}", pack_levels_kernel, signature, constants)
 

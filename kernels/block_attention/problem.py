@@ -237,7 +237,6 @@ def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Probl
     step = max(1, _LIST_BYTES // each)
     for b in range(batch):
         for h in range(0, heads, step):
-
             cut = partial(some_of, batch=slice(b, b + 1), heads=slice(h, h + step))
             q, code = cut(problem.q), cut(problem.code).contiguous()
             found = Tiles(*(cut(x) for x in pyramid.tiles))

@@ -120,9 +120,7 @@ def producer(
         _bring_run(p.rest_values, row, p.v_bufs.index(at), p.v_ready.index(at))
     v_turn = p.rest_turns
     at = p.entries
-    k_turn, v_turn = _bring_turns(
-        p, p.keys, p.values, at, p.turn_1, p.plain_0, k_turn, v_turn, BOX
-    )
+    k_turn, v_turn = _bring_turns(p, p.keys, p.values, at, p.turn_1, p.plain_0, k_turn, v_turn, BOX)
     if POOLED:
         box_1: gl.constexpr = pooled[0].block_shape[0]
         box_2: gl.constexpr = pooled[2].block_shape[0]
