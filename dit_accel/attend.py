@@ -11,6 +11,7 @@ from dit_accel.errors import InputError
 from dit_accel.kernels.block_attention import block_attention
 from dit_accel.kernels.dense_attention import partial_attention
 from dit_accel.kernels.token_attention import token_attention
+from dit_accel.kernels.token_select import token_counts
 from dit_accel.layout import Blocked
 from dit_accel.partial import Partial, merge
 from dit_accel.recorder import span
@@ -245,7 +246,8 @@ def _exact_pairs(blocked: Blocked, plan: Plan | TokenPlan) -> Tensor:
     count = count.expand(batch, heads, -1)
     sizes = blocked.queries.sizes.expand(batch, heads, -1)
     if isinstance(plan, TokenPlan):
-        return _count_tokens(plan.select.expand(batch, heads, -1, -1), count)
+        chosen = token_counts(plan.select).expand(batch, heads, -1)
+        return (chosen * count).sum(-1).long()
     code = plan.code.expand(batch, heads, -1, -1)
     exact = torch.empty(batch, heads, dtype=torch.int64, device=count.device)
     # a few heads at a time; a row's keys are below 2**24, so fp32 counts them exactly
@@ -254,14 +256,4 @@ def _exact_pairs(blocked: Blocked, plan: Plan | TokenPlan) -> Tensor:
         some = slice(h, h + step)
         keys = (code[:, some] == EXACT).float() @ count[:, some].float().unsqueeze(-1)
         exact[:, some] = (keys.squeeze(-1).double() * sizes[:, some]).sum(-1).long()
-    return exact
-
-
-def _count_tokens(select: Tensor, count: Tensor) -> Tensor:
-    """int64 ``[B, H]``: pairs of a query token and a valid key of a block that it selects."""
-    batch, heads = select.shape[:2]
-    exact = torch.empty(batch, heads, dtype=torch.int64, device=select.device)
-    for b in range(batch):
-        for h in range(heads):
-            exact[b, h] = (select[b, h].sum(0) * count[b, h]).sum()
     return exact

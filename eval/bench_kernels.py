@@ -28,6 +28,7 @@ from dit_accel.eval.kernel_checks import CHECKS
 from dit_accel.eval.method_cases import check_methods, method_cases
 from dit_accel.eval.peak_memory import cuda_peak
 from dit_accel.eval.records import dumps, signed
+from dit_accel.eval.text_table import aligned
 
 ALL_CASES = {**CASES, "methods": method_cases}
 ALL_CHECKS = {**CHECKS, "methods": check_methods}
@@ -119,15 +120,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 row["note"],
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "  ".join(
-            cell.rjust(width) if 3 <= i <= 7 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join(text)
+    return aligned(lines, right=range(3, 8))
 
 
 def run(

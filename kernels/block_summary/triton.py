@@ -11,10 +11,8 @@ from dit_accel.kernels.block_summary.api import BlockSummary
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import compact
 from dit_accel.kernels.specimen import Specimen
+from dit_accel.kernels.tuning import SPACES, setting
 
-_TILE = 64
-_RUN = 32
-"""Blocks of a program: each leaves a ``D × D`` sum of its own, which torch adds up."""
 _SIZES = ["heads", "blocks", "num_video", "perm_b", "perm_h", "offset_b", "offset_h"]
 
 
@@ -155,8 +153,9 @@ def _run(
     blocks = offsets.shape[-1] - 1
     order = compact(perm, offsets, valid)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    run = _RUN if cov else 4
-    parts = triton.cdiv(blocks, run)
+    chosen = setting(f"block_summary.{'cov' if cov else 'mean'}", k, k.shape[2])
+    # each part leaves a D × D sum of its own, which torch adds up
+    parts = triton.cdiv(blocks, chosen["RUN"])
 
     def new(wanted: bool, *shape: int) -> Tensor:
         # what is not wanted is never written, but must be somewhere
@@ -183,14 +182,11 @@ def _run(
         *lead_strides(order.perm),
         *lead_strides(order.offsets),
         D=depth,
-        TILE=_TILE,
-        RUN=run,
         VALUES=values,
         VAR=var,
         COV=cov,
         PRECISION="ieee" if k.dtype == torch.float32 else "tf32",
-        num_warps=8 if cov else 4,
-        num_stages=2,
+        **chosen.values,
     )
     return made, order.offsets
 
@@ -201,10 +197,10 @@ def _specimen(dtype: str, depth: int, values: bool, cov: bool) -> Specimen:
         **dict.fromkeys(("perm", "offsets"), "*i32"),
         **dict.fromkeys(("k_mean", "v_mean", "k_var", "cov_norm", "cov_part"), "*fp32"),
     }
+    chosen = SPACES[f"block_summary.{'cov' if cov else 'mean'}"].half
     constants = {
         "D": depth,
-        "TILE": _TILE,
-        "RUN": _RUN if cov else 4,
+        **chosen.constants,
         "VALUES": values,
         "VAR": cov,
         "COV": cov,
@@ -213,8 +209,7 @@ def _specimen(dtype: str, depth: int, values: bool, cov: bool) -> Specimen:
     names = summary_kernel.arg_names
     signature |= {n: "i32" for n in names if n not in signature and n not in constants}
     name = f"summary {dtype} D{depth}{' values' * values}{' var cov' * cov}"
-    options = {"num_warps": 8 if cov else 4, "num_stages": 2}
-    return Specimen(name, summary_kernel, signature, constants, options)
+    return Specimen(name, summary_kernel, signature, constants, chosen.options)
 
 
 SPECIMENS = (
