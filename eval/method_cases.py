@@ -75,7 +75,8 @@ def method_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
 
 def _work(method: Method, parts: tuple[Tensor, ...], ctx: Context) -> str:
     """Keys and means that queries meet, over what dense attention computes."""
-    trace = method.trace(*parts, ctx)
+    q, k, v = parts
+    trace = method.trace(q, k, v, ctx)
     assert isinstance(trace.plan, Plan)
     pairs = trace.report.exact_pairs + pooled_pairs(trace.blocked, trace.plan)
     return f", with means {float(pairs.sum() / trace.report.all_pairs.sum()):.3f}"

@@ -278,7 +278,7 @@ def level_problem(
     order = Compact(*(some(x) for x in keys))
     query = some(q)
     found = found._replace(tiles=Tiles(*(some(x) for x in found.tiles)), known=some(found.known))
-    listed, counts = packed_levels(some(code), found, *query.shape[:2], size)
+    listed, counts = packed_levels(some(code), found, query.shape[0], query.shape[1], size)
     return Problem(
         query if query.stride(-1) == 1 else query.contiguous(),
         *tables_of(some(k), some(v), order, pyramid._replace(rows=some(pyramid.rows))),
