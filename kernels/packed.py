@@ -137,7 +137,7 @@ def _cut(
 class Pooled(NamedTuple):
     """Where the means of each level stand in a table behind the keys, and their tiles.
 
-    ``rows`` int32 ``[B|1, H|1, R]``, spans of the keys that each row is the mean of, level by level;
+    ``rows`` int32 ``[B|1, H|1, R]``, spans of the keys that rows are the means of, level by level;
     ``tiles`` of all levels together, ``widths`` of them by level; ``height``, rows of the table.
     """
 
