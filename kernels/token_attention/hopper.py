@@ -23,13 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-from dit_accel.kernels.block_attention.hopper import (
-    _bring,
-    _rows_of,
-    _soften,
-    _soften_plain,
-    shared_layout,
-)
+from dit_accel.kernels.block_attention.hopper import shared_layout
+from dit_accel.kernels.block_attention.warps import _load, _rows_of, _soften, _soften_plain
 from dit_accel.kernels.gather import gather_rows
 from dit_accel.kernels.packed import compact
 from dit_accel.kernels.specimen import Specimen
@@ -54,6 +49,16 @@ _ITEM = gl.constexpr(ITEM)
 _ENTRY = gl.constexpr(ENTRY_BITS)
 # renamed between Triton 3.6 and 3.9
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def _bring(desc, rows, buffer, ready, BOX: gl.constexpr):
+    """The boxes of one turn of a list into one buffer."""
+    width: gl.constexpr = buffer.shape[0]
+    depth: gl.constexpr = buffer.shape[1]
+    mbarrier.expect(ready, width * depth * 2)
+    for i in gl.static_range(width // BOX):
+        _load(desc, [rows[i], 0], ready, buffer.slice(i * BOX, BOX))
 
 
 @gluon.jit
