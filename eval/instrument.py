@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from dit_accel.errors import InputError
 from dit_accel.eval.peak_memory import status
 from dit_accel.eval.samples import Flops
+from dit_accel.pipelines.dense_choice import choice_of, head_dim_of
 from dit_accel.pipelines.families import family_of, models_of
 from dit_accel.pipelines.plug import session_of
 from dit_accel.pipelines.session import MethodProcessor, binding_of
@@ -53,7 +54,8 @@ def listening(pipe: Any) -> Iterator[Recorder]:
     with contextlib.ExitStack() as hooks, recording(pipe._execution_device) as recorder:
 
         def around(module: nn.Module, begin: Callable[..., None], end: Callable[..., None]) -> None:
-            hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+            before = module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+            hooks.callback(before.remove)
             hooks.callback(module.register_forward_hook(end).remove)
 
         def opens(name: str, layer: int | None = None) -> Callable[..., None]:
@@ -79,10 +81,10 @@ def _watch_attention(
 ) -> None:
     modes: list[DenseSpans] = []
 
-    def begin(*_: Any) -> None:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder.begin("other", layer)
         # the mode sees every function of torch, which a sparse method calls by the thousand
-        if is_dense(attn):
+        if is_dense(attn, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]):
             modes.append(DenseSpans(recorder))
             modes[-1].__enter__()
 
@@ -94,11 +96,14 @@ def _watch_attention(
     around(attn, begin, end)
 
 
-def is_dense(attn: Any) -> bool:
+def is_dense(attn: Any, tokens: torch.Tensor) -> bool:
     processor = attn.processor
     if not isinstance(processor, MethodProcessor):
         return True
-    return processor.method.is_dense(binding_of(attn).context())
+    ctx, depth = binding_of(attn).context(), head_dim_of(attn, tokens)
+    if processor.method.is_dense(ctx):
+        return True
+    return choice_of(processor, ctx, tokens, attn.heads, depth) is not None
 
 
 # -- operations -----------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.cluster import KMeans
 from dit_accel.error_route import ErrorAware
 from dit_accel.kernels.block_importance import block_importance
+from dit_accel.kernels.dense_attention import dense_attention, why_not
 from dit_accel.kernels.error_probe import error_probe
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.order import label_order
@@ -124,24 +124,20 @@ def _blocked(shape: Shape, layout: Layout, parts: tuple[Tensor, ...], layer: int
 
 
 def dense_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
-    """Dense attention by each of torch's backends."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    """Dense attention by torch's backends, and by FlashAttention-3 where it is installed."""
     q, k, v = parts
     flops = 4 * shape.head_dim * shape.heads * shape.tokens**2
-
-    def forced(backend: Any) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        return call
-
     for name, backend in (
-        ("cuDNN", SDPBackend.CUDNN_ATTENTION),
-        ("FlashAttention", SDPBackend.FLASH_ATTENTION),
+        ("cuDNN", "cudnn"),
+        ("FlashAttention", "flash"),
+        ("FlashAttention-3", "flash3"),
     ):
-        yield Case(name, forced(backend), flops, _size(q, k, v, q))
+        if why_not(backend, q, k, v) is None or backend != "flash3":
+
+            def call(backend: str = backend) -> Tensor:
+                return dense_attention(q, k, v, backend=backend)
+
+            yield Case(name, call, flops, _size(q, k, v, q))
 
 
 def error_probe_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:

@@ -64,6 +64,16 @@ def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
     """
     if valid is None:
         return remembered(perm, offsets, "compact", lambda: _plain(perm, offsets))
+    if valid.is_inference():  # it may have been written to since, and nothing would tell
+        return _masked(perm, offsets, valid)
+    # every layer of a forward has the same mask
+    known: list[tuple[Any, int, Compact]] = remembered(perm, offsets, "masked", list)
+    if not known or known[0][0]() is not valid or known[0][1] != valid._version:
+        known[:] = [(weakref.ref(valid), valid._version, _masked(perm, offsets, valid))]
+    return known[0][2]
+
+
+def _masked(perm: Tensor, offsets: Tensor, valid: Tensor) -> Compact:
     batch, heads = valid.shape[0], max(perm.shape[1], offsets.shape[1])
     perm = perm.expand(batch, heads, -1)
     bounds = offsets.long().expand(batch, heads, -1)
@@ -137,11 +147,11 @@ def _cut(
 class Pooled(NamedTuple):
     """Where the means of each level stand in a table behind the keys, and their tiles.
 
-    ``rows`` int32 ``[B|1, H|1, R]``, spans of the keys that rows are the means of, level by level;
+    ``span`` int32 ``[B|1, H|1, R]``, the keys that each row is the mean of, level by level;
     ``tiles`` of all levels together, ``widths`` of them by level; ``height``, rows of the table.
     """
 
-    rows: Tensor
+    span: Tensor
     tiles: Tiles
     widths: dict[int, int]
     height: int
@@ -183,4 +193,4 @@ def pooled(
         widths[level] = sum(part.span.shape[-1] for part in parts[-2:])
         base += rows[-1].shape[-1]
     joined = (torch.cat(column, -1).contiguous() for column in zip(*parts, strict=True))
-    return Pooled(torch.cat(rows, -1), Tiles(*joined), widths, base)
+    return Pooled(torch.cat(rows, -1).contiguous(), Tiles(*joined), widths, base)

@@ -62,6 +62,45 @@ def attention(
 
 
 @app.command()
+def crossover(
+    methods: Annotated[
+        str, typer.Option(help="Of pisa, psa, svg_ear, vmoba, flashblock.")
+    ] = "pisa,psa,svg_ear,vmoba,flashblock",
+    heads: Annotated[str, typer.Option(help="Attention heads, of all of a batch.")] = "12,24,40",
+    budget_ms: Annotated[float, typer.Option(help="Of calls, for each figure.")] = 30.0,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="JSON; figures of others in it are kept.")
+    ] = None,
+) -> None:
+    """Find from what length on each method is faster than dense attention on this GPU."""
+    import torch
+
+    from dit_accel.errors import InputError
+    from dit_accel.eval import bench_crossover
+
+    names = methods.split(",")
+    for word in names:
+        if word not in bench_crossover.SETTINGS:
+            known = ", ".join(bench_crossover.SETTINGS)
+            raise InputError(f"methods: expected some of {known}, got {word!r}")
+    if not all(word.isdigit() and int(word) for word in heads.split(",")):
+        raise InputError(f"heads: expected positive integers, got {heads!r}")
+    if not torch.cuda.is_available():
+        raise InputError("device: expected a GPU, which is what is measured, got none")
+    counts = [int(word) for word in heads.split(",")]
+    made = bench_crossover.measure(
+        names,
+        counts,
+        budget_ms,
+        lambda text: err.print(text, highlight=False, markup=False),
+    )
+    for row in bench_crossover.lines(made):
+        out.print(row, highlight=False, markup=False, soft_wrap=True)
+    if target is not None:
+        bench_crossover.write(made, target)
+
+
+@app.command()
 def kernels(
     ops: Annotated[
         str, typer.Option(help="Operations, methods, and dense attention to compare with.")

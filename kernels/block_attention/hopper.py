@@ -3,6 +3,7 @@
 What the warps do is in `warps.py`; here they are started.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +16,10 @@ from triton.language.core import _aggregate as aggregate
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.block_attention.levels import LEVELS, TURN, box_of
 from dit_accel.kernels.block_attention.problem import Problem
-from dit_accel.kernels.block_attention.triton import WEIGHTS, rest_tables
+from dit_accel.kernels.block_attention.tables import rest_tables
+from dit_accel.kernels.block_attention.triton import WEIGHTS
 from dit_accel.kernels.block_attention.warps import consumer, producer
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT
 from dit_accel.kernels.specimen import Specimen
@@ -316,35 +319,41 @@ def attend(
     tables.append(terms["var"] if weight else tables[0])
     tables.append(terms["cov"] if first_order else tables[0])
     sizes = (box, 64, *(box_of(level, box) if levels else box for level in LEVELS[1:]))
-    attend_kernel[problem.grid](
-        q,
-        *(_described(x, size) for size in sizes for x in (problem.keys, problem.values)),
-        *(_described(x, 64) for x in tables),
-        problem.queries.perm,
-        *problem.q_tiles,
-        problem.listed,
-        problem.counts,
-        problem.code,
-        terms["bias"],
-        init,
-        init_lse,
-        out,
-        problem.lse,
-        heads,
-        length,
-        problem.keys.shape[2],
-        problem.code.shape[2],
-        columns,
-        problem.listed.shape[-1],
-        problem.grid[0],
-        0 if rest is None else -(-columns // TURN),
-        problem.scale,
-        *q.stride()[:3],
-        *lead_strides(problem.queries.perm),
-        *lead_strides(problem.q_tiles.span),
-        *lead_strides(problem.code),
-        *lead_strides(terms["bias"]),
-        *out.stride()[:3],
+    launch(
+        attend_kernel,
+        problem.grid,
+        (
+            q,
+            *(_described(x, size) for size in sizes for x in (problem.keys, problem.values)),
+            *(_described(x, 64) for x in tables),
+            problem.queries.perm,
+            *problem.q_tiles,
+            problem.listed,
+            problem.counts,
+            problem.code,
+            terms["bias"],
+            init,
+            init_lse,
+            out,
+            problem.lse,
+        ),
+        (
+            heads,
+            length,
+            problem.keys.shape[2],
+            problem.code.shape[2],
+            columns,
+            problem.listed.shape[-1],
+            problem.grid[0],
+            0 if rest is None else -(-columns // TURN),
+            problem.scale,
+            *q.stride()[:3],
+            *lead_strides(problem.queries.perm),
+            *lead_strides(problem.q_tiles.span),
+            *lead_strides(problem.code),
+            *lead_strides(terms["bias"]),
+            *out.stride()[:3],
+        ),
         BOX=box,
         PER=TURN,
         WEIGHT=weight,
@@ -361,6 +370,7 @@ def _described(x: Tensor, box: int) -> Any:
     return TensorDescriptor.from_tensor(rows, [box, x.shape[-1]], shared_layout())
 
 
+@lru_cache(maxsize=1)
 def shared_layout() -> Any:
     """How rows lie in shared memory."""
     return gl.NVMMASharedLayout(128, 16, 2)

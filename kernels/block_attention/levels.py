@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_attention.problem import AHEAD, Problem, some_of, tables_of
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
     BLOCK_BIT,
@@ -205,21 +206,14 @@ def packed_levels(
     rows, columns = code.shape[2:]
     listed = code.new_empty((batch, heads, rows, found.most), dtype=torch.int32)
     counts = code.new_empty((batch, heads, rows, 2 * len(LEVELS)), dtype=torch.int32)
-    pack_levels_kernel[(rows, batch * heads)](
-        code,
-        found.tiles.block,
-        found.tiles.span,
-        found.known,
-        listed,
-        counts,
-        heads,
-        rows,
-        columns,
-        found.most,
-        *found.firsts,
-        *lead_strides(code),
-        *lead_strides(found.tiles.span),
-        *lead_strides(found.known),
+    launch(
+        pack_levels_kernel,
+        (rows, batch * heads),
+        (code, found.tiles.block, found.tiles.span, found.known, listed, counts),
+        (
+            *(heads, rows, columns, found.most, *found.firsts),
+            *(*lead_strides(code), *lead_strides(found.tiles.span), *lead_strides(found.known)),
+        ),
         **_boxes(size),
         CHUNK=_CHUNK,
         PER=TURN,
@@ -281,7 +275,7 @@ def level_problem(
     listed, counts = packed_levels(some(code), found, query.shape[0], query.shape[1], size)
     return Problem(
         query if query.stride(-1) == 1 else query.contiguous(),
-        *tables_of(some(k), some(v), order, pyramid._replace(rows=some(pyramid.rows))),
+        *tables_of(some(k), some(v), order, pyramid._replace(span=some(pyramid.span))),
         Compact(*(some(x) for x in queries)),
         Tiles(*(some(x) for x in q_tiles)),
         listed,

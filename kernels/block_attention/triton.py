@@ -30,6 +30,9 @@ from dit_accel.kernels.block_attention.problem import (
 from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
 from dit_accel.kernels.block_attention.runs import SPECIMENS as RUN_SPECIMENS
 from dit_accel.kernels.block_attention.runs import packed_runs
+from dit_accel.kernels.block_attention.tables import SPECIMENS as TABLE_SPECIMENS
+from dit_accel.kernels.block_attention.tables import rest_tables
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.merge.triton import merge
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
@@ -232,7 +235,10 @@ def block_attention(
     levels: tuple[int, ...] = (),
     onto: tuple[Tensor, Tensor] | None = None,
     setting: dict[str, Any] | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if into is None:
+        into = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     chosen = {**_setting(q, k_longest), **(setting or {})}
     bm, bn, on_hopper = chosen.pop("BM"), chosen.pop("BN"), chosen.pop("hopper")
     queries, keys = compact(q_perm, q_offsets, None), compact(k_perm, k_offsets, key_valid)
@@ -257,7 +263,7 @@ def block_attention(
         from dit_accel.kernels.block_attention import hopper
 
         k_tiles = tiles_of(keys, length, bn, k_longest)
-        out, lse = _results(q)
+        out, lse = into
         for some in head_groups(k, pyramid, whole=rest is not None):
             part = level_problem(some, q, k, v, code, queries, q_tiles, keys, k_tiles, pyramid, bn)
             part = part._replace(scale=scale, out=some(out), lse=some(lse))
@@ -278,7 +284,7 @@ def block_attention(
         counts,
         code,
         scale,
-        *_results(q),
+        *into,
     )
 
     def attend(problem: Problem, rest: RestTerms | None, size: int, onto: Any) -> None:
@@ -302,11 +308,6 @@ def block_attention(
     return problem.out, problem.lse
 
 
-def _results(q: Tensor) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-
-
 def _attend(
     problem: Problem,
     rest: RestTerms | None,
@@ -320,30 +321,35 @@ def _attend(
         for x in (problem.keys, problem.values)
     ]
     terms = rest_tables(rest, q, problem.scale)
-    attend_kernel[problem.grid](
-        q,
-        *described,
-        problem.queries.perm,
-        *problem.q_tiles,
-        problem.listed,
-        problem.counts,
-        problem.code,
-        *terms.values(),
-        problem.out,
-        problem.lse,
-        q.shape[1],
-        q.shape[2],
-        problem.keys.shape[2],
-        *problem.code.shape[2:],
-        problem.listed.shape[-1],
-        problem.grid[0],
-        problem.scale,
-        *q.stride()[:3],
-        *lead_strides(problem.queries.perm),
-        *lead_strides(problem.q_tiles.span),
-        *lead_strides(problem.code),
-        *lead_strides(terms["bias"]),
-        *problem.out.stride()[:3],
+    launch(
+        attend_kernel,
+        problem.grid,
+        (
+            q,
+            *described,
+            problem.queries.perm,
+            *problem.q_tiles,
+            problem.listed,
+            problem.counts,
+            problem.code,
+            *terms.values(),
+            problem.out,
+            problem.lse,
+        ),
+        (
+            *q.shape[1:3],
+            problem.keys.shape[2],
+            *problem.code.shape[2:],
+            problem.listed.shape[-1],
+            problem.grid[0],
+            problem.scale,
+            *q.stride()[:3],
+            *lead_strides(problem.queries.perm),
+            *lead_strides(problem.q_tiles.span),
+            *lead_strides(problem.code),
+            *lead_strides(terms["bias"]),
+            *problem.out.stride()[:3],
+        ),
         D=depth,
         BM=bm,
         BN=bn,
@@ -370,23 +376,6 @@ def _setting(q: Tensor, k_longest: int | None) -> dict[str, Any]:
         "num_warps": 4 if wide else 8,
         "hopper": hopper,
     }
-
-
-def rest_tables(rest: RestTerms | None, like: Tensor, scale: float) -> dict[str, Tensor]:
-    """Tables of the rest in the inputs' dtype; logits' parts in powers of two."""
-    empty = torch.empty(1, 1, 1, dtype=torch.float32, device=like.device)
-    if rest is None:
-        return {"k": like, "v": like, "var": like, "bias": empty, "cov": like}
-    made = {"k": rest.k_mean.to(like.dtype), "v": rest.v_mean.to(like.dtype)}
-    made["var"] = like
-    if rest.k_var is not None and rest.weight != "plain":
-        made["var"] = (rest.k_var * 0.5).to(like.dtype).contiguous()
-    made["bias"] = (rest.count.float().log() * LOG2E).contiguous()
-    made["cov"] = like
-    if rest.cov_sum is not None:
-        tokens = rest.count[..., : rest.num_video].sum(-1).clamp(min=1)[..., None, None]
-        made["cov"] = (rest.cov_sum * scale / tokens).to(like.dtype).contiguous()
-    return {name: tensor.contiguous() if name in "kv" else tensor for name, tensor in made.items()}
 
 
 def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, Any]) -> Specimen:
@@ -420,6 +409,7 @@ SPECIMENS = (
     PLAN_SPECIMENS
     + LEVEL_SPECIMENS
     + RUN_SPECIMENS
+    + TABLE_SPECIMENS
     + (
         [
             _specimen(

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from dit_accel.eval import bench_kernels, kernel_checks
-from dit_accel.eval.kernel_cases import SHAPES, inputs
+from dit_accel.eval import bench_kernels, kernel_checks, memory_cases
+from dit_accel.eval.kernel_cases import SHAPES, Shape, inputs
 from dit_accel.eval.method_cases import method_cases
 
 
@@ -38,6 +38,40 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
         "not timed: IncorrectError: block_importance:"
     ]
     assert "not timed" in bench_kernels.table(found["rows"])
+
+
+def test_norms_and_statistics(monkeypatch):
+    """Beside diffusers' arithmetic; and not where they are wrong."""
+    options = {"dtype": "float32", "device": "cpu", "say": lambda text: None}
+    found = bench_kernels.run(["norm_rotary", "block_summary"], ["small"], **options)
+    assert [row["case"] for row in found["rows"]] == [
+        "in one pass",
+        "diffusers' arithmetic",
+        "means of queries",
+        "means of keys and values",
+        "and variances",
+        "and covariances",
+    ]
+    assert all(row["ms"] > 0 and row["gbs"] > 0 for row in found["rows"])
+
+    def wrong(*arguments, **options):
+        q, k, v = norm_rotary(*arguments, **options)
+        return q, k * 1.0001, v
+
+    norm_rotary = memory_cases.norm_rotary
+    monkeypatch.setattr(memory_cases, "norm_rotary", wrong)
+    (row,) = bench_kernels.run(["norm_rotary"], ["small"], **options)["rows"]
+    assert row["error"].startswith("not timed: IncorrectError: norm_rotary over each head")
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 4), (2, 3, 3), (2, 2, 4)])
+def test_both_sides_of_norm_rotary_are_one_computation(grid):
+    """Text before an image, after a clip, and none."""
+    shape = Shape(grid, 2, text=0 if grid == (2, 2, 4) else 5, head_dim=16)
+    parts = inputs(shape, torch.float32, "cpu")
+    made = [case.call() for case in memory_cases.norm_rotary_cases(shape, parts)]
+    for mine, theirs in zip(*made, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_inputs_differ_by_head_and_can_be_repeated():
