@@ -82,7 +82,7 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
 def rows_of(pyramid):
     """Where in the order the keys of every row of a table begin, and how many they are."""
     rows = [(place, 1) for place in range(LENGTH)]
-    for span in pyramid.rows[0, 0].tolist():
+    for span in pyramid.span[0, 0].tolist():
         rows.append((span >> START_BIT, span & ((1 << LENGTH_BITS) - 1)))
     return rows
 
