@@ -80,8 +80,8 @@ class Case:
 
 
 STRENGTHS = {"sharp": 1.6, "broad": 0.8}
-"""Amplitudes of queries and keys, by name: logits go with their square. Where sharp, most of a
-query's attention falls on a hundredth of the keys or less; where broad, on a tenth or more."""
+"""Amplitudes of queries and keys, by name: logits go with their square, and attention is the more
+concentrated the larger they are."""
 
 
 def inputs(

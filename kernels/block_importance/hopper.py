@@ -74,7 +74,7 @@ def _tell(p, s, turn, first, peak, total):
 
 
 @gluon.jit
-def _consumer(p, group: gl.constexpr, q_buf, PING: gl.constexpr):
+def _consumer(p, group: gl.constexpr, q_buf):
     groups: gl.constexpr = p.go.shape[0]
     stages: gl.constexpr = p.k_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
@@ -99,18 +99,17 @@ def _consumer(p, group: gl.constexpr, q_buf, PING: gl.constexpr):
     total = gl.zeros([rows], gl.float32, row_of)
     for i in range(p.turns):
         plain = gl.load(p.plain + i)
-        if PING:
-            if group == 0:
-                mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
-            else:
-                mbarrier.wait(p.go.index(group), i & 1)
+        # each group's products after those of the group before it
+        if group == 0:
+            mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
+        else:
+            mbarrier.wait(p.go.index(group), i & 1)
         at = i % stages
         mbarrier.wait(p.k_ready.index(at), (i // stages) & 1)
         keys = p.k_bufs.index(at).permute((1, 0))
         s = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
-        if PING:
-            mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
+        mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
         mbarrier.arrive(p.k_free.index(at), count=1)
         if plain == 0:
             full = gl.load(p.key_token + i * width + columns) >= 0
@@ -191,7 +190,6 @@ def sums_kernel(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
-    PING: gl.constexpr,
 ):
     pair = gl.program_id(1)
     b = ((first_pair + pair) // heads).to(gl.int64)
@@ -236,9 +234,9 @@ def sums_kernel(
         )
         gl.warp_specialize(
             [
-                (_consumer, (parts, 0, q_bufs.index(0), PING)),
-                (_consumer, (parts, 1, q_bufs.index(1), PING)),
-                (_consumer, (parts, 2, q_bufs.index(2), PING)),
+                (_consumer, (parts, 0, q_bufs.index(0))),
+                (_consumer, (parts, 1, q_bufs.index(1))),
+                (_consumer, (parts, 2, q_bufs.index(2))),
                 (_producer, (parts, keys, pair * slots)),
             ],
             [4, 4, 1],
@@ -255,7 +253,6 @@ def sums(
     first: int,
     pairs: int,
     scale: float,
-    setting: str = "3pp",
 ) -> None:
     """As `triton`'s, in fp16 or bf16, for head sizes 64 and 128 and positive scales."""
     depth, samples = q.shape[-1], q_tokens.shape[-1]
@@ -285,7 +282,6 @@ def sums(
         q.shape[1],
         first,
         D=depth,
-        PING=setting == "3pp",
         **_CONSTANTS,
         **LAUNCH,
     )
@@ -306,7 +302,7 @@ def _specimen(dtype: str, depth: int) -> Specimen:
         **dict.fromkeys(("sums", "bases", "lse"), "*fp32"),
         "scale": "fp32",
     }
-    constants = {"D": depth, "PING": True, **_CONSTANTS}
+    constants = {"D": depth, **_CONSTANTS}
     names = sums_kernel.arg_names
     signature |= {n: "i32" for n in names if n not in signature and n not in constants}
     return Specimen(

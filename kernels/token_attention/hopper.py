@@ -24,7 +24,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_attention.hopper import shared_layout
-from dit_accel.kernels.block_attention.warps import _load, _rows_of, _soften, _soften_plain
+from dit_accel.kernels.block_attention.softmax import _soften, _soften_plain
+from dit_accel.kernels.block_attention.warps import _load, _rows_of
 from dit_accel.kernels.gather import gather_rows
 from dit_accel.kernels.packed import compact
 from dit_accel.kernels.specimen import Specimen
