@@ -259,8 +259,8 @@ def _merge(
         for i in tl.static_range(AT_ONCE):
             group = first + i
             unit = pair * groups + group
-            there = inside & (tl.full([BT], group, tl.int32) < groups)
-            place = tl.load(place_ptr + unit * length + token, mask=there, other=-1)
+            here = inside & (tl.full([BT], group, tl.int32) < groups)
+            place = tl.load(place_ptr + unit * length + token, mask=here, other=-1)
             has = place >= 0
             where = unit * rows + place
             lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
