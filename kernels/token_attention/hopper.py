@@ -49,6 +49,7 @@ _KEPT = 256
 _ITEM = gl.constexpr(ITEM)
 _ENTRY = gl.constexpr(ENTRY_BITS)
 # renamed between Triton 3.6 and 3.9
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
@@ -126,7 +127,7 @@ def _fetch(p, unit, token, column, buffer):
     queries = p.q + (head // p.heads).to(gl.int64) * p.q_b
     queries += (head % p.heads).to(gl.int64) * p.q_h
     where = gl.expand_dims(token.to(gl.int64), 1) * p.q_l + gl.expand_dims(column, 0)
-    async_copy.async_copy_global_to_shared(buffer, queries + where)
+    _copy(buffer, queries + where)
     async_copy.commit_group()
 
 
