@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import START_BIT
 from dit_accel.kernels.specimen import Specimen, typed
@@ -114,17 +115,11 @@ def packed_runs(
     width = length // size + columns + ahead
     listed = code.new_empty((batch, heads, rows, width), dtype=offsets.dtype)
     counts = code.new_empty((batch, heads, rows, 2), dtype=offsets.dtype)
-    pack_runs_kernel[(rows, batch * heads)](
-        code,
-        offsets,
-        listed,
-        counts,
-        heads,
-        rows,
-        columns,
-        width,
-        *lead_strides(code),
-        *lead_strides(offsets),
+    launch(
+        pack_runs_kernel,
+        (rows, batch * heads),
+        (code, offsets, listed, counts),
+        (heads, rows, columns, width, *lead_strides(code), *lead_strides(offsets)),
         SIZE=size,
         CHUNK=_CHUNK,
         AHEAD=ahead,

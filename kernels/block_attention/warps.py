@@ -70,13 +70,39 @@ def _bring_run(desc, row, buffer, ready):
 
 
 @gluon.jit
-def producer(p, BOX: gl.constexpr, WEIGHT: gl.constexpr, FIRST_ORDER: gl.constexpr):
-    """Brings the rest's means turn by turn, then the listed keys and values."""
+def _bring_turns(p, keys, values, entries, turns, plain, k_turn, v_turn, BOX: gl.constexpr):
+    """Some turns of a list, keys and values; the boxes of the first ``plain`` are full."""
+    k_stages: gl.constexpr = p.k_bufs.shape[0]
+    v_stages: gl.constexpr = p.v_bufs.shape[0]
+    boxes: gl.constexpr = p.k_bufs.shape[1] // BOX
+    for i in range(turns):
+        rows = _rows_of(entries, i, p.row, boxes)
+        full = (plain - i) * boxes
+        at = k_turn % k_stages
+        mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
+        _bring(keys, p.wide_keys, rows, full, p.k_bufs.index(at), p.k_ready.index(at), BOX)
+        k_turn += 1
+        at = v_turn % v_stages
+        mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
+        _bring(values, p.wide_values, rows, full, p.v_bufs.index(at), p.v_ready.index(at), BOX)
+        v_turn += 1
+    return k_turn, v_turn
+
+
+@gluon.jit
+def producer(
+    p,
+    pooled,
+    BOX: gl.constexpr,
+    WEIGHT: gl.constexpr,
+    FIRST_ORDER: gl.constexpr,
+    POOLED: gl.constexpr,
+):
+    """Brings the rest's means turn by turn, then the listed keys and values, level by level."""
     k_stages: gl.constexpr = p.k_bufs.shape[0]
     v_stages: gl.constexpr = p.v_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
     depth: gl.constexpr = p.k_bufs.shape[2]
-    boxes: gl.constexpr = width // BOX
     k_turn = gl.to_tensor(0)
     for i in range(p.rest_turns):
         row = p.rest_row + i * width
@@ -92,35 +118,32 @@ def producer(p, BOX: gl.constexpr, WEIGHT: gl.constexpr, FIRST_ORDER: gl.constex
         at = i % v_stages
         mbarrier.wait(p.v_free.index(at), ((i // v_stages) & 1) ^ 1)
         _bring_run(p.rest_values, row, p.v_bufs.index(at), p.v_ready.index(at))
-    turns = (p.every + boxes - 1) // boxes
-    for i in range(turns):
-        rows = _rows_of(p.entries, i, p.row, boxes)
-        at = k_turn % k_stages
-        mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-        _bring(
-            p.keys,
-            p.wide_keys,
-            rows,
-            p.full - i * boxes,
-            p.k_bufs.index(at),
-            p.k_ready.index(at),
-            BOX,
+    v_turn = p.rest_turns
+    at = p.entries
+    k_turn, v_turn = _bring_turns(p, p.keys, p.values, at, p.turn_1, p.plain_0, k_turn, v_turn, BOX)
+    if POOLED:
+        box_1: gl.constexpr = pooled[0].block_shape[0]
+        box_2: gl.constexpr = pooled[2].block_shape[0]
+        box_3: gl.constexpr = pooled[4].block_shape[0]
+        at += p.turn_1 * (width // BOX)
+        turns = p.turn_2 - p.turn_1
+        plain = p.plain_1 - p.turn_1
+        k_turn, v_turn = _bring_turns(
+            p, pooled[0], pooled[1], at, turns, plain, k_turn, v_turn, box_1
         )
-        k_turn += 1
-        v_turn = p.rest_turns + i
-        at = v_turn % v_stages
-        mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
-        _bring(
-            p.values,
-            p.wide_values,
-            rows,
-            p.full - i * boxes,
-            p.v_bufs.index(at),
-            p.v_ready.index(at),
-            BOX,
+        at += turns * (width // box_1)
+        turns = p.turn_3 - p.turn_2
+        plain = p.plain_2 - p.turn_2
+        k_turn, v_turn = _bring_turns(
+            p, pooled[2], pooled[3], at, turns, plain, k_turn, v_turn, box_2
+        )
+        at += turns * (width // box_2)
+        turns = p.turns - p.turn_3
+        plain = p.plain_3 - p.turn_3
+        k_turn, v_turn = _bring_turns(
+            p, pooled[4], pooled[5], at, turns, plain, k_turn, v_turn, box_3
         )
     if FIRST_ORDER:
-        v_turn = p.rest_turns + turns
         at = v_turn % v_stages
         mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
         _bring_run(p.cov, p.cov_row, p.v_bufs.index(at).slice(0, depth), p.cov_ready)
@@ -132,6 +155,42 @@ def _hide(s, entries, turn, columns, BOX: gl.constexpr):
     boxes: gl.constexpr = s.shape[1] // BOX
     entry = gl.load(entries + turn * boxes + columns // BOX)
     known = (columns % BOX) < (entry & _MASK)
+    pooled = ((entry >> _COUNT) & 7) + 1
+    bias = gl.where(known, gl.log2(pooled.to(gl.float32)), float("-inf"))
+    return s + gl.expand_dims(bias, 0)
+
+
+@gluon.jit
+def _level_of(p, turn):
+    """How often a turn's keys were halved: its level in powers of two."""
+    level = (turn >= p.turn_1).to(gl.int32) + (turn >= p.turn_2).to(gl.int32)
+    return level + (turn >= p.turn_3).to(gl.int32)
+
+
+@gluon.jit
+def _is_plain(p, turn):
+    """Whether all of a turn's boxes are of full length, and all their means of as many keys."""
+    plain = turn < p.plain_0
+    plain = plain | ((turn >= p.turn_1) & (turn < p.plain_1))
+    plain = plain | ((turn >= p.turn_2) & (turn < p.plain_2))
+    return plain | ((turn >= p.turn_3) & (turn < p.plain_3))
+
+
+@gluon.jit
+def _hide_level(s, p, turn, columns, BOX: gl.constexpr):
+    """As `_hide`, where every level has boxes of its own."""
+    width: gl.constexpr = s.shape[1]
+    box_1: gl.constexpr = BOX // 2 if BOX >= 16 else 8
+    box_2: gl.constexpr = BOX // 4 if BOX >= 32 else 8
+    box_3: gl.constexpr = BOX // 8 if BOX >= 64 else 8
+    at = gl.minimum(turn, p.turn_1) * (width // BOX)
+    at += gl.maximum(gl.minimum(turn, p.turn_2) - p.turn_1, 0) * (width // box_1)
+    at += gl.maximum(gl.minimum(turn, p.turn_3) - p.turn_2, 0) * (width // box_2)
+    at += gl.maximum(turn - p.turn_3, 0) * (width // box_3)
+    box = gl.where(turn < p.turn_1, BOX, gl.where(turn < p.turn_2, box_1, box_2))
+    box = gl.where(turn < p.turn_3, box, box_3)
+    entry = gl.load(p.entries + at + columns // box)
+    known = (columns % box) < (entry & _MASK)
     pooled = ((entry >> _COUNT) & 7) + 1
     bias = gl.where(known, gl.log2(pooled.to(gl.float32)), float("-inf"))
     return s + gl.expand_dims(bias, 0)
@@ -157,6 +216,16 @@ def _soften_plain(s, m, mass, by):
 
 
 @gluon.jit
+def _soften_level(s, m, mass, by, level):
+    """As `_soften_plain`, for means of as many keys each."""
+    more = level.to(gl.float32)
+    peak = gl.maximum(m, gl.max(s, 1) * by + more)
+    fade = gl.exp2(m - peak)
+    weights = gl.exp2(s * by - gl.expand_dims(peak - more, 1))
+    return weights, peak, mass * fade + gl.sum(weights, 1), fade
+
+
+@gluon.jit
 def consumer(
     p,
     group: gl.constexpr,
@@ -166,12 +235,12 @@ def consumer(
     WEIGHT: gl.constexpr,
     FIRST_ORDER: gl.constexpr,
     INIT: gl.constexpr,
+    POOLED: gl.constexpr,
 ):
     depth: gl.constexpr = q_buf.shape[1]
     k_stages: gl.constexpr = p.k_bufs.shape[0]
     v_stages: gl.constexpr = p.v_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
-    boxes: gl.constexpr = width // BOX
     dtype: gl.constexpr = q_buf.dtype
     rows: gl.constexpr = 64
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // depth, depth // 8], [4, 1], [1, 0])
@@ -273,7 +342,7 @@ def consumer(
     rest_m = m
     rest_mass = mass
 
-    turns = (p.every + boxes - 1) // boxes
+    turns = p.turns
     begin = (turn + p.rest_turns) & (step - 1)
     if turns > begin:
         v_turn = p.rest_turns + begin
@@ -281,7 +350,10 @@ def consumer(
         mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
         s = warpgroup_mma(q_buf, p.k_bufs.index(at).permute((1, 0)), nothing, use_acc=False)
         mbarrier.arrive(p.k_free.index(at), count=1)
-        s = _hide(s * p.by, p.entries, begin, columns, BOX)
+        if POOLED:
+            s = _hide_level(s * p.by, p, begin, columns, BOX)
+        else:
+            s = _hide(s * p.by, p.entries, begin, columns, BOX)
         weights, m, mass, fade = _soften(s, m, mass)
         acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
         a = gl.convert_layout(weights.to(dtype), operand)
@@ -296,7 +368,14 @@ def consumer(
             acc_next = warpgroup_mma(a, p.v_bufs.index(v_at), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(p.k_free.index(at), count=1)
-            if i >= p.full // boxes:
+            if POOLED:
+                if _is_plain(p, i):
+                    level = _level_of(p, i)
+                    weights, m, mass, fade = _soften_level(s, m, mass, p.by, level)
+                else:
+                    s = _hide_level(s * p.by, p, i, columns, BOX)
+                    weights, m, mass, fade = _soften(s, m, mass)
+            elif i >= p.plain_0:
                 s = _hide(s * p.by, p.entries, i, columns, BOX)
                 weights, m, mass, fade = _soften(s, m, mass)
             else:
