@@ -118,8 +118,8 @@ def _count_layout(method: Method, blocked: Blocked, fresh: bool, tally: Tally) -
     heads, video, depth = _heads(blocked)
     layout = _inner_layout(method.layout)
     if isinstance(layout, KMeans):
-        # one assignment more than means; it may stop before, which nobody tells
-        rounds = 1 + (layout.first_iterations if fresh else layout.next_iterations)
+        # an assignment each, at least one; it may stop before, which nobody tells
+        rounds = max(1, layout.first_iterations if fresh else layout.next_iterations)
         clusters = blocked.queries.num_video + blocked.keys.num_video
         tally.add("layout", 2.0 * heads * video * clusters * depth * rounds)
     assert method.route is not None

@@ -62,21 +62,9 @@ def _code_of(word):
 
 @triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "size", "first_pair"])
 def _words(
-    select_ptr,
-    word_ptr,
-    bin_ptr,
-    select_b,
-    select_h,
-    select_l,
-    heads,
-    length,
-    groups,
-    blocks,
-    size,
-    first_pair,
-    BT: tl.constexpr,
-    BG: tl.constexpr,
-):
+    select_ptr, word_ptr, bin_ptr, select_b, select_h, select_l,
+    heads, length, groups, blocks, size, first_pair, BT: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
     """For every group and token a word: which of the group's blocks the token chose.
 
     And how many tokens have each word, by its place in the Gray code.

@@ -129,7 +129,7 @@ def test_clusters_are_counted_by_rounds():
     layout = KMeans(q_clusters=3, k_clusters=5, first_iterations=7, next_iterations=2)
     method, tally, state = Method(layout, ErrorAware(0.3), Centroid()), Tally(), State()
     q, k, v = tensors()
-    for step, rounds in ((0, 8), (1, 3)):
+    for step, rounds in ((0, 7), (1, 2)):
         tally.clear()
         counted(method, tally)(q, k, v, Context(Geometry(GRID), step=step, state=state))
         assert tally.total()["layout"] == HEADS * 2 * 48 * (3 + 5) * 12 * rounds
