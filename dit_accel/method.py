@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,13 @@ from dit_accel.attend import attend, dense, dense_pairs, report, with_prefix
 from dit_accel.density import Budget, check_layers, count_steps, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
+from dit_accel.kernels.first_use import once
 from dit_accel.layout import Blocked, Layout, default_scale
 from dit_accel.partial import Partial
 from dit_accel.recorder import span
 from dit_accel.rest import Rest
 from dit_accel.route import Route
+from dit_accel.state import State
 from dit_accel.types import Context, Plan, Report, TokenPlan
 
 
@@ -268,8 +270,18 @@ class Method:
                 f"{self.name}: expected no gradients to be asked for (this is for inference); run "
                 "it under torch.no_grad()"
             )
+        if q.is_cuda and ctx.prefix is None:
+            # with a memory of its own, which nobody keeps
+            own = replace(ctx, state=State())
+            once(self._kernels(q, ctx), lambda: self.trace(q, k, v, own, scale=scale))
         call = self.trace(q, k, v, ctx, scale=scale)
         return call.partial, call.report
+
+    def _kernels(self, q: Tensor, ctx: Context) -> tuple[object, ...]:
+        """What decides which kernels a call launches, roughly; others are compiled alone."""
+        parts = (self.layout, self.route, self.rest)
+        types = (type(one) for part in parts for one in (part, getattr(part, "inner", None)))
+        return (*types, q.dtype, q.shape[-1], q.device, ctx.geometry.key_valid is None)
 
     def trace(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, *, scale: float | None = None

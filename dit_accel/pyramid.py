@@ -109,19 +109,22 @@ class Pyramid:
         keys, queries = blocked.keys, blocked.queries
         tokens, bounds = valid_order(keys.perm, keys.offsets, blocked.geometry.key_valid)
         bounds = bounds[..., : columns + 1]
-        how = ("sampled", self.sample, self.seed)
+        q_blocks = queries.offsets[..., : rows + 1]
         q_tokens, q_bounds = remembered(
             queries.perm,
             queries.offsets,
-            (*how, rows),
-            lambda: self._sampled(queries.perm, queries.offsets[..., : rows + 1], queries.longest),
+            ("sampled", rows, self.sample, self.seed),
+            lambda: self._sampled(queries.perm, q_blocks, queries.longest),
         )
+
+        def sampled_keys() -> tuple[Tensor, Tensor]:
+            return self._sampled(tokens, bounds, keys.longest)
+
         if blocked.geometry.key_valid is None:
-            k_tokens, k_bounds = remembered(
-                keys.perm, keys.offsets, (*how, columns), lambda: self._sampled(tokens, bounds, keys.longest)
-            )
+            what = ("sampled", columns, self.sample, self.seed)
+            k_tokens, k_bounds = remembered(keys.perm, keys.offsets, what, sampled_keys)
         else:
-            k_tokens, k_bounds = self._sampled(tokens, bounds, keys.longest)
+            k_tokens, k_bounds = sampled_keys()
         importance = block_importance(
             blocked.q,
             blocked.k,

@@ -30,6 +30,7 @@ from dit_accel.eval.memory_cases import MEMORY_CASES, MEMORY_CHECKS
 from dit_accel.eval.method_cases import check_methods, method_cases
 from dit_accel.eval.peak_memory import cuda_peak
 from dit_accel.eval.records import dumps, signed
+from dit_accel.eval.text_table import aligned
 
 ALL_CASES = {**CASES, **MEMORY_CASES, "methods": method_cases}
 ALL_CHECKS = {**CHECKS, **MEMORY_CHECKS, "methods": check_methods}
@@ -167,15 +168,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 row["note"],
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "  ".join(
-            cell.rjust(width) if 3 <= i <= 10 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join(text)
+    return aligned(lines, right=range(3, 11))
 
 
 def run(

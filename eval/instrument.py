@@ -28,7 +28,7 @@ from dit_accel.pipelines.session import MethodProcessor, binding_of
 from dit_accel.recorder import Recorder, recording
 
 
-class _Dense(TorchFunctionMode):
+class DenseSpans(TorchFunctionMode):
     """Charges torch's attention to ``attend``."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -49,7 +49,7 @@ def listening(pipe: Any) -> Iterator[Recorder]:
     """Record one generation of a prepared pipeline.
 
     Afterwards ``parts()`` of the recorder are seconds of the transformers' forwards by part, and
-    ``layers("linear")`` seconds of self-attention by layer, projections excluded.
+    ``layers("linear", operations.SPAN)`` seconds of self-attention by layer, projections excluded.
     """
     with contextlib.ExitStack() as hooks, recording(pipe._execution_device) as recorder:
 
@@ -79,13 +79,13 @@ def listening(pipe: Any) -> Iterator[Recorder]:
 def _watch_attention(
     attn: Any, layer: int, recorder: Recorder, around: Callable[..., None]
 ) -> None:
-    modes: list[_Dense] = []
+    modes: list[DenseSpans] = []
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder.begin("other", layer)
         # the mode sees every function of torch, which a sparse method calls by the thousand
-        if _is_dense(attn, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]):
-            modes.append(_Dense(recorder))
+        if is_dense(attn, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]):
+            modes.append(DenseSpans(recorder))
             modes[-1].__enter__()
 
     def end(*_: Any) -> None:
@@ -96,7 +96,7 @@ def _watch_attention(
     around(attn, begin, end)
 
 
-def _is_dense(attn: Any, tokens: torch.Tensor) -> bool:
+def is_dense(attn: Any, tokens: torch.Tensor) -> bool:
     processor = attn.processor
     if not isinstance(processor, MethodProcessor):
         return True
@@ -194,13 +194,17 @@ def forwards(pipe: Any) -> Iterator[dict[str, int]]:
         yield counts
 
 
-def flops_of(pipe: Any, other: dict[str, float], counts: dict[str, int]) -> Flops:
+def flops_of(
+    pipe: Any, other: dict[str, float], counts: dict[str, int], beside: dict[str, float]
+) -> Flops:
     """Operations of the latest generation.
 
     Args:
         pipe: whose session knows the pairs that were computed.
         other: of one forward of every transformer, from `counting`.
         counts: of forwards, from `forwards`.
+        beside: what the method computed beside its exact pairs, from
+            `dit_accel.eval.operations.Tally`.
 
     Raises:
         InputError: a transformer ran whose operations were not counted.
@@ -214,7 +218,8 @@ def flops_of(pipe: Any, other: dict[str, float], counts: dict[str, int]) -> Flop
         # two products, each a multiplication and an addition for every channel
         attention += 4.0 * sizes[record.model] * float(record.exact)
         dense += 4.0 * sizes[record.model] * float(record.every)
-    return Flops(attention, dense, sum(other.get(name, 0) * n for name, n in counts.items()))
+    around = sum(other.get(name, 0) * n for name, n in counts.items())
+    return Flops(attention, dense, around, **beside)
 
 
 # -- memory ---------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "vmoba": lambda: presets.vmoba(threshold=0.25),
     "flashblock": lambda: presets.flashblock(inner="pisa", density=0.15),
 }
-"""The settings that are timed. PSA's ranks of the first compute as much as a density of 0.15, a mean
-counted as a key: 0.05 + 0.1 / 2 + 0.1 / 4 + 0.2 / 8; those of the paper's 4-step models 0.156; its
-thresholds whatever the inputs make of them."""
+"""The settings that are timed. PSA's ranks compute as much as a density of 0.15, means counted as
+keys: 0.05 + 0.1 / 2 + 0.1 / 4 + 0.2 / 8; those of its paper's 4-step models 0.156; its thresholds
+whatever the inputs make of them."""
 _FULL: dict[str, Callable[[], Method]] = {
     "pisa": lambda: presets.pisa(density=1.0),
     "pisa, moment": lambda: presets.pisa(density=1.0, rest="moment"),
@@ -75,7 +75,8 @@ def method_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
 
 def _work(method: Method, parts: tuple[Tensor, ...], ctx: Context) -> str:
     """Keys and means that queries meet, over what dense attention computes."""
-    trace = method.trace(*parts, ctx)
+    q, k, v = parts
+    trace = method.trace(q, k, v, ctx)
     assert isinstance(trace.plan, Plan)
     pairs = trace.report.exact_pairs + pooled_pairs(trace.blocked, trace.plan)
     return f", with means {float(pairs.sum() / trace.report.all_pairs.sum()):.3f}"

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.norm_rotary import Stream
-from dit_accel.kernels.norm_rotary import norm_rotary as run_norm_rotary
 from dit_accel.pipelines.norms import Task
+from dit_accel.projections import Stream
+from dit_accel.projections import norm_rotary as run_norm_rotary
 
 _NUMBERS = itertools.count(1)
 _KNOWN: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()

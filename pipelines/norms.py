@@ -8,21 +8,18 @@ are. Everything else, and everything on a CPU, runs the modules and diffusers' a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from dit_accel.errors import InputError
-from dit_accel.kernels.backends import resolve
-from dit_accel.kernels.norm_rotary import KNOWN, Stream, norm_rotary, refusal
+from dit_accel.projections import Over, Stream, norm_rotary, why_not_kernel
 
 CHOICES: Final = ("auto", "triton", "diffusers")
 """Who computes norms and rotary embedding; ``"auto"`` is the kernel on a GPU that it is for."""
 DIFFUSERS: Final = "diffusers"
-Over = Literal["head", "token"]
 Angles = tuple[Tensor, Tensor]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -116,18 +113,7 @@ def _refused(
     choice: str, device: str, dtype: torch.dtype, heads: int, depth: int, over: Over | None
 ) -> str | None:
     """Why the kernel does not take projections of this kind; a constant where graphs are traced."""
-    return _known_refusal(choice, device, dtype, heads, depth, over)
-
-
-@lru_cache(maxsize=64)
-def _known_refusal(
-    choice: str, device: str, dtype: torch.dtype, heads: int, depth: int, over: Over | None
-) -> str | None:
-    like = torch.empty((0, 0, heads, depth), dtype=dtype, device=device)
-    reason = refusal(like, over)
-    if reason is None and choice == "auto" and resolve("auto", like, KNOWN) != "triton":
-        return "it is for head sizes of 64 and 128 on a GPU, unless it is named"
-    return reason
+    return why_not_kernel(device, dtype, heads, depth, over, named=choice == "triton")
 
 
 def _streams(

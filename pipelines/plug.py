@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from dit_accel import presets
 from dit_accel.errors import InputError
 from dit_accel.flashblock import check_layers, needs_prefix
+from dit_accel.launches import check_settings
 from dit_accel.method import Method, Schedule
 from dit_accel.pipelines import embedded
 from dit_accel.pipelines.families import Family, family_of, models_of
@@ -61,6 +62,8 @@ def accelerate(
     check_choice(norm_rotary)
     models = models_of(target)
     made = _made_for(models, method, options)
+    for model in models.values():
+        check_settings(model.device)
     prepare(target)
     for model in models.values():
         family = _family(model)

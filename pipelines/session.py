@@ -21,7 +21,8 @@ from dit_accel.pipelines.compiled import scalar
 from dit_accel.pipelines.dense_choice import choice_of, head_dim_of
 from dit_accel.pipelines.densities import DensityLog, Record
 from dit_accel.pipelines.families import Chunk
-from dit_accel.pipelines.norms import DIFFUSERS, Angles, Over, Projected, task_of
+from dit_accel.pipelines.norms import DIFFUSERS, Angles, Projected, task_of
+from dit_accel.projections import Over
 from dit_accel.state import State
 from dit_accel.types import Context, Geometry, Report
 

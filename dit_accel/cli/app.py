@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.cli import bench, doctor, evaluate, figure, generate, listing, tiny_wan
+from dit_accel.cli import bench, doctor, evaluate, figure, generate, listing, tiny_wan, tune
 from dit_accel.cli.config import with_config
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ app.command("generate")(with_config(generate.generate))
 app.command("methods")(listing.methods)
 app.command("models")(listing.models)
 app.command("doctor")(doctor.doctor)
+app.command("tune-kernels")(tune.tune_kernels)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(figure.app, name="figure")

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from dit_accel.errors import InputError
 
@@ -27,8 +28,8 @@ err = Console(stderr=True)
 """For progress and warnings."""
 
 
-def progress() -> Progress:
-    """A progress bar, on stderr."""
+def progress(*, shown: bool = True) -> Progress:
+    """A progress bar, on stderr; of several processes one shows it."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -37,7 +38,14 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=err,
+        disable=not shown,
     )
+
+
+def print_wide(table: Table) -> None:
+    """Print a table without shortening it; a narrow terminal wraps its lines."""
+    wide = table.__rich_measure__(out, out.options.update(width=1000)).maximum
+    out.print(table, width=max(out.width, wide), no_wrap=True, crop=False, soft_wrap=True)
 
 
 def quiet() -> None:
@@ -113,6 +121,25 @@ def method_options(
         if value is not None
     ]
     return parse_set(method, [*words, *settings], given)
+
+
+def shared_options(given: Any) -> dict[str, dict[str, Any]]:
+    """Options by method, from ``--set method.name=value`` or from YAML's mappings.
+
+    Raises:
+        InputError: a method or an option is unknown, or does not fit.
+    """
+    if isinstance(given, Mapping):
+        if not all(isinstance(options, Mapping) for options in given.values()):
+            raise InputError(f"set: expected options by method, got {dict(given)!r}")
+        return {str(method): dict(options) for method, options in given.items()}
+    words: dict[str, list[str]] = {}
+    for word in given or ():
+        method, dot, rest = str(word).partition(".")
+        if not dot or "=" in method:
+            raise InputError(f"--set: expected method.name=value, got {word!r}")
+        words.setdefault(method.strip(), []).append(rest)
+    return {method: parse_set(method, listed) for method, listed in words.items()}
 
 
 def dtype_of(name: str | None) -> Any:

@@ -100,7 +100,25 @@ def _hardware() -> list[Finding]:
         about = torch.cuda.get_device_properties(i)
         text = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}"
         found.append(Finding(f"GPU {i}", torch.version.cuda, True, text))
+        found.append(_settings(10 * about.major + about.minor))
     return found
+
+
+def _settings(architecture: int) -> Finding:
+    """Which measured settings of kernels there are for an architecture."""
+    from dit_accel.kernels.tuning import files
+
+    name, parts = f"settings of kernels, sm_{architecture}", []
+    for whose, path in (("shipped", files.shipped(architecture)), ("own", files.own(architecture))):
+        if not path.exists():
+            continue
+        try:
+            table = files.read(path, architecture)
+        except (OSError, ValueError) as error:
+            return Finding(name, None, False, " ".join(str(error).split()))
+        parts.append(f"{whose}: {len(table.entries)} ({path})")
+    none = "none measured, defaults everywhere; dit-accel tune-kernels measures"
+    return Finding(name, None, bool(parts), "; ".join(parts) or none)
 
 
 def _backends() -> list[Finding]:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.cli.common import device_of, dtype_of, err, out, parse_set, progress, quiet
+from dit_accel.cli.common import (
+    device_of,
+    dtype_of,
+    err,
+    out,
+    print_wide,
+    progress,
+    quiet,
+    shared_options,
+)
 from dit_accel.errors import InputError
 
 if TYPE_CHECKING:
@@ -135,7 +144,7 @@ def _run(given: Mapping[str, Any]) -> None:
     entries = entries_of(given["methods"])
     densities = _numbers("density", given["density"], float)
     seeds = _numbers("seeds", given["seeds"], int)
-    shared = _shared(given["settings"])
+    shared = shared_options(given["settings"])
     chosen_dtype = dtype_of(given["dtype"])
     if given["jobs"] < 1:
         raise InputError(f"jobs: expected a positive integer, got {given['jobs']}")
@@ -186,7 +195,7 @@ def _run(given: Mapping[str, Any]) -> None:
         pipe = None  # each process loads its own
     group = Group(rank)
     command = ["dit-accel", *sys.argv[1:]]
-    with progress() as bars:
+    with progress(shown=rank.number == 0) as bars:
         task = bars.add_task("samples", total=None)
 
         def step(done: float, total: int) -> None:
@@ -199,7 +208,7 @@ def _run(given: Mapping[str, Any]) -> None:
             command=command,
             jobs=given["jobs"],
             group=group,
-            progress=step if rank.number == 0 else None,
+            progress=step,
         )
     group.close()
     if rank.number == 0:
@@ -222,7 +231,7 @@ def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> Non
             lambda done, total: bars.update(task, completed=done, total=total),
         )
     export.write(store, summary)
-    out.print(export.table(summary))
+    print_wide(export.table(summary))
     for note in summary.notes:
         out.print(note, highlight=False)
     reasons: dict[str, list[str]] = {}
@@ -244,9 +253,12 @@ def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> Non
 
 
 def _device(given: str | None, rank: Rank) -> str:
+    import torch
+
     device = device_of(given)
     if device == "cuda" and rank.count > 1:
-        return f"cuda:{rank.local}"
+        # more processes than GPUs share them
+        return f"cuda:{rank.local % max(1, torch.cuda.device_count())}"
     return device
 
 
@@ -262,21 +274,6 @@ def _numbers(name: str, given: Any, kind: type) -> tuple[Any, ...]:
         return tuple(kind(one) for one in listed)
     except (TypeError, ValueError):
         raise InputError(f"{name}: expected numbers with commas, got {given!r}") from None
-
-
-def _shared(given: Any) -> dict[str, dict[str, Any]]:
-    """Options by method, from ``--set method.name=value`` or from YAML's mappings."""
-    if isinstance(given, Mapping):
-        if not all(isinstance(options, Mapping) for options in given.values()):
-            raise InputError(f"set: expected options by method, got {dict(given)!r}")
-        return {str(method): dict(options) for method, options in given.items()}
-    words: dict[str, list[str]] = {}
-    for word in given or ():
-        method, dot, rest = str(word).partition(".")
-        if not dot or "=" in method:
-            raise InputError(f"--set: expected method.name=value, got {word!r}")
-        words.setdefault(method.strip(), []).append(rest)
-    return {method: parse_set(method, listed) for method, listed in words.items()}
 
 
 def compare(

@@ -149,11 +149,11 @@ def pack_levels_kernel(
 
 
 class Mixed(NamedTuple):
-    """Tiles of all levels in one row: the exact ones, and from each of ``firsts`` a further level's.
+    """Tiles of all levels in one row: the exact ones, and from each of ``firsts`` another level's.
 
-    Those of a level are ordered: of full length, shorter, and places that hold none. ``known`` int32
-    ``[B|1, H|1, 8]``, by level, how many are of full length, and how many there are. ``most`` is
-    what a row's list can need, whatever the plan.
+    Those of a level are ordered: of full length, shorter, and places that hold none. ``known``
+    int32 ``[B|1, H|1, 8]``, by level, how many are of full length, and how many there are. ``most``
+    is what a row's list can need, whatever the plan.
     """
 
     tiles: Tiles
@@ -272,7 +272,7 @@ def level_problem(
     order = Compact(*(some(x) for x in keys))
     query = some(q)
     found = found._replace(tiles=Tiles(*(some(x) for x in found.tiles)), known=some(found.known))
-    listed, counts = packed_levels(some(code), found, *query.shape[:2], size)
+    listed, counts = packed_levels(some(code), found, query.shape[0], query.shape[1], size)
     return Problem(
         query if query.stride(-1) == 1 else query.contiguous(),
         *tables_of(some(k), some(v), order, pyramid._replace(span=some(pyramid.span))),
@@ -289,10 +289,8 @@ def level_problem(
 
 def _specimen(size: int) -> Specimen:
     constants = {**_boxes(size), "CHUNK": _CHUNK, "PER": TURN, "AHEAD": AHEAD}
-    pointers = {
-        **dict.fromkeys(("block", "span", "known", "listed", "counts"), "*i32"),
-        "code": "*i8",
-    }
+    names = ("block", "span", "known", "listed", "counts")
+    pointers = {**dict.fromkeys(names, "*i32"), "code": "*i8"}
     signature = typed(pack_levels_kernel, constants, **pointers)
     return Specimen(f"pack levels {size}", pack_levels_kernel, signature, constants)
 

@@ -1,7 +1,7 @@
 """The sums of block importance on Hopper, in Gluon.
 
-One warp brings keys by TMA, 128 a turn; warp groups take 64 queries each, and start the logits of
-the next turn before they look at those of this one, so that exponentials run beside products.
+One warp brings keys by TMA, 128 a turn; three warp groups take 64 queries each. Products go from
+group to group, so that while one's run the others are at their exponentials.
 """
 
 from typing import Any
@@ -19,23 +19,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-from dit_accel.kernels.block_importance.triton import TURN, Cells, Kept
+from dit_accel.kernels.block_importance.triton import CELL, TURN, Cells, Kept
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen
 
+_GROUPS = 3
+_ROWS = 64
+"""Queries of a warp group."""
+_STAGES = 4
+# renamed between Triton 3.6 and 3.9
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _producer(keys, row, turns, k_bufs, k_ready, k_free):
-    stages: gl.constexpr = k_bufs.shape[0]
-    width: gl.constexpr = k_bufs.shape[1]
-    depth: gl.constexpr = k_bufs.shape[2]
-    for i in range(turns):
+def _producer(p, keys, row):
+    stages: gl.constexpr = p.k_bufs.shape[0]
+    width: gl.constexpr = p.k_bufs.shape[1]
+    depth: gl.constexpr = p.k_bufs.shape[2]
+    for i in range(p.turns):
         at = i % stages
-        mbarrier.wait(k_free.index(at), ((i // stages) & 1) ^ 1)
-        mbarrier.expect(k_ready.index(at), width * depth * 2)
-        _load(keys, [row + i * width, 0], k_ready.index(at), k_bufs.index(at))
+        mbarrier.wait(p.k_free.index(at), ((i // stages) & 1) ^ 1)
+        mbarrier.expect(p.k_ready.index(at), width * depth * 2)
+        _load(keys, [row + i * width, 0], p.k_ready.index(at), p.k_bufs.index(at))
 
 
 @gluon.jit
@@ -48,57 +53,37 @@ def _cells_of(weights):
 
 
 @gluon.jit
-def _logits(p, q_buf, turn, nothing):
-    """Start the logits of a turn."""
-    stages: gl.constexpr = p.k_bufs.shape[0]
-    at = turn % stages
-    mbarrier.wait(p.k_ready.index(at), (turn // stages) & 1)
-    keys = p.k_bufs.index(at).permute((1, 0))
-    return warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True), at
-
-
-@gluon.jit
-def _tell(p, s, turn, plain, first, peak, total, columns):
+def _tell(p, s, turn, first, peak, total):
     """Write the sums of a turn's cells, and take them into those of the row."""
-    width: gl.constexpr = s.shape[1]
-    # whole branches, since products that run are waited for where branches meet again early
-    if plain == 0:
-        full = gl.load(p.key_token + turn * width + columns) >= 0
-        s = gl.where(gl.expand_dims(full, 0), s, float("-inf"))
-        peak, total = _told(p, s, turn, first, peak, total)
-    else:
-        peak, total = _told(p, s, turn, first, peak, total)
-    return peak, total
-
-
-@gluon.jit
-def _told(p, s, turn, first, peak, total):
     rows: gl.constexpr = s.shape[0]
     row_of: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     # a turn has at least one key
     base = gl.max(s, 1) * p.by
-    weights = gl.exp2(s * p.by - gl.expand_dims(base, 1))
-    cells = _cells_of(weights)
+    cells = _cells_of(gl.exp2(s * p.by - gl.expand_dims(base, 1)))
     layout: gl.constexpr = cells.type.layout
     line = first + gl.arange(0, rows, gl.SliceLayout(1, layout))
     target = p.sums + gl.expand_dims(line.to(gl.int64) * (p.width * 8), 1) + turn * 8
     target += gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, layout)), 0)
     gl.store(target, cells, mask=gl.expand_dims(line < p.count, 1))
     own = first + gl.arange(0, rows, row_of)
-    gl.store(p.bases + turn * p.samples + own, base, mask=own < p.count)
+    base_at = p.bases + turn.to(gl.int64) * p.samples + own
+    gl.store(base_at, base, mask=own < p.count)
     new = gl.maximum(peak, base)
     mass = gl.convert_layout(gl.sum(cells, 1), row_of)
     return new, total * gl.exp2(peak - new) + mass * gl.exp2(base - new)
 
 
 @gluon.jit
-def _consumer(p, group: gl.constexpr, q_buf, PAIRS: gl.constexpr, PING: gl.constexpr):
-    depth: gl.constexpr = q_buf.shape[1]
-    rows: gl.constexpr = q_buf.shape[0]
+def _consumer(p, group: gl.constexpr, q_buf, PING: gl.constexpr):
+    groups: gl.constexpr = p.go.shape[0]
+    stages: gl.constexpr = p.k_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
+    rows: gl.constexpr = q_buf.shape[0]
+    depth: gl.constexpr = q_buf.shape[1]
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // depth, depth // 8], [4, 1], [1, 0])
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     row_of: gl.constexpr = gl.SliceLayout(1, logits)
+    # the queries of this group, gathered
     first = p.sample + group * rows
     place = first + gl.arange(0, rows, gl.SliceLayout(1, flat))
     inside = place < p.count
@@ -110,60 +95,29 @@ def _consumer(p, group: gl.constexpr, q_buf, PAIRS: gl.constexpr, PING: gl.const
 
     nothing = gl.zeros([rows, width], gl.float32, logits)
     columns = gl.arange(0, width, gl.SliceLayout(0, logits))
-    own = first + gl.arange(0, rows, row_of)
-    there = own < p.count
     peak = gl.full([rows], float("-inf"), gl.float32, row_of)
     total = gl.zeros([rows], gl.float32, row_of)
-
-    groups: gl.constexpr = p.go.shape[0]
-    if PAIRS:
-        pairs = p.turns // 2
-        for i in range(pairs):
-            turn = 2 * i
-            plain = gl.load(p.plain + turn)
-            then_plain = gl.load(p.plain + turn + 1)
-            if PING:
-                if group == 0:
-                    mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
-                else:
-                    mbarrier.wait(p.go.index(group), i & 1)
-            s_next, at = _logits(p, q_buf, turn, nothing)
-            then_next, then_at = _logits(p, q_buf, turn + 1, nothing)
-            if PING:
-                s, s_then = warpgroup_mma_wait(0, deps=(s_next, then_next))
-                mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
-                mbarrier.arrive(p.k_free.index(at), count=1)
-                mbarrier.arrive(p.k_free.index(then_at), count=1)
-                peak, total = _tell(p, s, turn, plain, first, peak, total, columns)
-                peak, total = _tell(p, s_then, turn + 1, then_plain, first, peak, total, columns)
+    for i in range(p.turns):
+        plain = gl.load(p.plain + i)
+        if PING:
+            if group == 0:
+                mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
             else:
-                s = warpgroup_mma_wait(1, deps=(s_next,))
-                mbarrier.arrive(p.k_free.index(at), count=1)
-                peak, total = _tell(p, s, turn, plain, first, peak, total, columns)
-                # not before this turn's are told, which the total says
-                s, total = warpgroup_mma_wait(0, deps=(then_next, total))
-                mbarrier.arrive(p.k_free.index(then_at), count=1)
-                peak, total = _tell(p, s, turn + 1, then_plain, first, peak, total, columns)
-        if p.turns % 2 == 1:
-            s_next, at = _logits(p, q_buf, p.turns - 1, nothing)
-            s = warpgroup_mma_wait(0, deps=(s_next,))
-            plain = gl.load(p.plain + p.turns - 1)
-            peak, total = _tell(p, s, p.turns - 1, plain, first, peak, total, columns)
-    else:
-        for i in range(p.turns):
-            plain = gl.load(p.plain + i)
-            if PING:
-                if group == 0:
-                    mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
-                else:
-                    mbarrier.wait(p.go.index(group), i & 1)
-            s_next, at = _logits(p, q_buf, i, nothing)
-            s = warpgroup_mma_wait(0, deps=(s_next,))
-            if PING:
-                mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
-            mbarrier.arrive(p.k_free.index(at), count=1)
-            peak, total = _tell(p, s, i, plain, first, peak, total, columns)
-    gl.store(p.lse + own, gl.log2(total) + peak, mask=there)
+                mbarrier.wait(p.go.index(group), i & 1)
+        at = i % stages
+        mbarrier.wait(p.k_ready.index(at), (i // stages) & 1)
+        keys = p.k_bufs.index(at).permute((1, 0))
+        s = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        if PING:
+            mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
+        mbarrier.arrive(p.k_free.index(at), count=1)
+        if plain == 0:
+            full = gl.load(p.key_token + i * width + columns) >= 0
+            s = gl.where(gl.expand_dims(full, 0), s, float("-inf"))
+        peak, total = _tell(p, s, i, first, peak, total)
+    own = first + gl.arange(0, rows, row_of)
+    gl.store(p.lse + own, gl.log2(total) + peak, mask=own < p.count)
 
 
 class _Parts:
@@ -233,18 +187,17 @@ def sums_kernel(
     first_pair,
     D: gl.constexpr,
     BN: gl.constexpr,
+    W: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
-    PAIRS: gl.constexpr,
-    PING: gl.constexpr,
     ROWS: gl.constexpr,
+    PING: gl.constexpr,
 ):
     pair = gl.program_id(1)
     b = ((first_pair + pair) // heads).to(gl.int64)
     h = ((first_pair + pair) % heads).to(gl.int64)
     count = gl.load(q_bound + b * bound_b + h * bound_h + rows)
-    cells = gl.load(cell + b * cell_b + h * cell_h + columns)
-    turns = (cells * 16 + BN - 1) // BN
+    turns = (gl.load(cell + b * cell_b + h * cell_h + columns) * W + BN - 1) // BN
     sample = gl.program_id(0) * (GROUPS * ROWS)
     if (sample < count) & (turns > 0):
         dtype: gl.constexpr = keys.dtype
@@ -281,28 +234,16 @@ def sums_kernel(
             k_free,
             go,
         )
-        bring = (keys, pair * slots, turns, k_bufs, k_ready, k_free)
-        if GROUPS == 2:
-            gl.warp_specialize(
-                [
-                    (_consumer, (parts, 0, q_bufs.index(0), PAIRS, PING)),
-                    (_consumer, (parts, 1, q_bufs.index(1), PAIRS, PING)),
-                    (_producer, bring),
-                ],
-                [4, 1],
-                [240, 24],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (_consumer, (parts, 0, q_bufs.index(0), PAIRS, PING)),
-                    (_consumer, (parts, 1, q_bufs.index(1), PAIRS, PING)),
-                    (_consumer, (parts, 2, q_bufs.index(2), PAIRS, PING)),
-                    (_producer, bring),
-                ],
-                [4, 4, 1],
-                [160, 160, 24],
-            )
+        gl.warp_specialize(
+            [
+                (_consumer, (parts, 0, q_bufs.index(0), PING)),
+                (_consumer, (parts, 1, q_bufs.index(1), PING)),
+                (_consumer, (parts, 2, q_bufs.index(2), PING)),
+                (_producer, (parts, keys, pair * slots)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
 
 
 def sums(
@@ -318,10 +259,8 @@ def sums(
 ) -> None:
     """As `triton`'s, in fp16 or bf16, for head sizes 64 and 128 and positive scales."""
     depth, samples = q.shape[-1], q_tokens.shape[-1]
-    launch = LAUNCH[setting]
-    rows = kept.keys.view(-1, depth)
-    described = TensorDescriptor.from_tensor(rows, [TURN, depth], _shared())
-    sums_kernel[(-(-samples // (launch["GROUPS"] * launch["ROWS"])), pairs)](
+    described = TensorDescriptor.from_tensor(kept.keys.view(-1, depth), [TURN, depth], _shared())
+    sums_kernel[(-(-samples // (_GROUPS * _ROWS)), pairs)](
         q,
         described,
         q_tokens,
@@ -346,94 +285,42 @@ def sums(
         q.shape[1],
         first,
         D=depth,
-        BN=TURN,
-        **launch,
+        PING=setting == "3pp",
+        **_CONSTANTS,
+        **LAUNCH,
     )
 
 
 def _shared() -> Any:
+    """How keys lie in shared memory."""
     return gl.NVMMASharedLayout(128, 16, 2)
 
 
-LAUNCH: dict[str, dict[str, int]] = {
-    "2": {
-        "GROUPS": 2,
-        "PAIRS": True,
-        "PING": False,
-        "ROWS": 64,
-        "STAGES": 4,
-        "num_warps": 4,
-        "maxnreg": 168,
-    },
-    "2pp": {
-        "GROUPS": 2,
-        "PAIRS": True,
-        "PING": True,
-        "ROWS": 64,
-        "STAGES": 4,
-        "num_warps": 4,
-        "maxnreg": 168,
-    },
-    "3plain": {
-        "GROUPS": 3,
-        "PAIRS": False,
-        "PING": False,
-        "ROWS": 64,
-        "STAGES": 4,
-        "num_warps": 4,
-        "maxnreg": 128,
-    },
-    "3pp": {
-        "GROUPS": 3,
-        "PAIRS": False,
-        "PING": True,
-        "ROWS": 64,
-        "STAGES": 4,
-        "num_warps": 4,
-        "maxnreg": 128,
-    },
-    "2x128pp": {
-        "GROUPS": 2,
-        "PAIRS": False,
-        "PING": True,
-        "ROWS": 128,
-        "STAGES": 3,
-        "num_warps": 4,
-        "maxnreg": 168,
-    },
-}
-
-
-def _specimen(dtype, depth, name):
-    layout = gl.NVMMASharedLayout(128, 16, 2)
-    types = {
-        **dict.fromkeys(("q",), f"*{dtype}"),
-        "keys": f"tensordesc<{dtype}[128, {depth}],{layout!r}>",
+def _specimen(dtype: str, depth: int) -> Specimen:
+    signature = {
+        "q": f"*{dtype}",
+        "keys": f"tensordesc<{dtype}[{TURN}, {depth}],{_shared()!r}>",
         "q_token": "*i64",
-        "q_bound": "*i32",
-        "cell": "*i32",
-        "key_token": "*i32",
+        **dict.fromkeys(("q_bound", "cell", "key_token"), "*i32"),
         "plain": "*i8",
-        "sums": "*fp32",
-        "bases": "*fp32",
-        "lse": "*fp32",
+        **dict.fromkeys(("sums", "bases", "lse"), "*fp32"),
         "scale": "fp32",
     }
-    launch = dict(LAUNCH[name])
-    options = {k: launch.pop(k) for k in ("num_warps", "maxnreg")}
-    constants = {"D": depth, "BN": 128, **launch}
+    constants = {"D": depth, "PING": True, **_CONSTANTS}
     names = sums_kernel.arg_names
-    types |= {n: "i32" for n in names if n not in types and n not in constants}
+    signature |= {n: "i32" for n in names if n not in signature and n not in constants}
     return Specimen(
-        f"sums {dtype} D{depth} {name}",
+        f"sums {dtype} D={depth}",
         sums_kernel,
-        types,
+        signature,
         constants,
-        options,
+        LAUNCH,
         least=90,
         most=90,
         aligned=("q_b", "q_h", "q_l"),
     )
 
 
-SPECIMENS = [_specimen("bf16", 128, n) for n in LAUNCH] + [_specimen("fp16", 64, "2")]
+_CONSTANTS = {"BN": TURN, "W": CELL, "STAGES": _STAGES, "GROUPS": _GROUPS, "ROWS": _ROWS}
+LAUNCH = {"num_warps": 4, "maxnreg": 128}
+SPECIMENS = [_specimen("bf16", 128), _specimen("fp16", 64)]

@@ -24,6 +24,7 @@ from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import Compact, compact, remembered
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.tuning import SPACES, Setting, setting
 
 _TILE = 64
 _RUN = 32
@@ -439,8 +440,8 @@ def _plainly(
 ) -> dict[str, Tensor]:
     batch, heads, _, depth = k.shape
     blocks = order.offsets.shape[-1] - 1
-    run = _RUN if cov else 4
-    parts = -(-blocks // run)
+    chosen = setting(f"block_summary.{'cov' if cov else 'mean'}", k, k.shape[2])
+    parts = -(-blocks // chosen["RUN"])
     names = ("k_mean", *(("v_mean",) * values), *(("k_var",) * var))
     made = _new(k, blocks, *names)
     mean = made["k_mean"]
@@ -453,17 +454,16 @@ def _plainly(
         (parts, batch * heads),
         (k, v, *order, mean, made.get("v_mean", mean), made.get("k_var", mean), norm, part),
         (heads, blocks, num_video, *_shared(k, v, order)),
-        **_plain_constants(depth, values, var, cov),
+        **_plain_constants(chosen, depth, values, var, cov),
         PRECISION="ieee" if k.dtype == torch.float32 else "tf32",
     )
     return made | ({"cov_sum": part.sum(2), "cov_norm": norm} if cov else {})
 
 
-def _plain_constants(depth: int, values: bool, var: bool, cov: bool) -> dict[str, int]:
-    return {
-        **{"D": depth, "TILE": _TILE, "RUN": _RUN if cov else 4, "num_stages": 2},
-        **{"VALUES": values, "VAR": var, "COV": cov, "num_warps": 8 if cov else 4},
-    }
+def _plain_constants(
+    chosen: Setting, depth: int, values: bool, var: bool, cov: bool
+) -> dict[str, int]:
+    return {"D": depth, **chosen.values, "VALUES": values, "VAR": var, "COV": cov}
 
 
 def _specimen(kernel: Any, name: str, dtype: str, constants: dict[str, Any]) -> Specimen:
@@ -503,7 +503,8 @@ def _specimens() -> Iterator[Specimen]:
                 yield replace(one, least=least, most=most)
         yield _specimen(finish_kernel, f"finish D{depth}", "bf16", _finish_constants(depth))
         for switches in ((False, False, False), (True, False, False), (True, True, True)):
-            constants = _plain_constants(depth, *switches)
+            chosen = SPACES[f"block_summary.{'cov' if switches[2] else 'mean'}"].half
+            constants = _plain_constants(chosen, depth, *switches)
             yield _specimen(
                 summary_kernel,
                 f"summary D{depth}{' values' * switches[0]}{' var cov' * switches[1]}",

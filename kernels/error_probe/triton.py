@@ -17,12 +17,12 @@ from torch import Tensor
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import BLOCK_BIT, LENGTH_BITS, START_BIT, compact, tiles
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.tuning import SPACES, setting
 
 LOG2E = tl.constexpr(1.4426950408889634)
 _BITS = tl.constexpr(START_BIT)
 _BLOCK = tl.constexpr(BLOCK_BIT)
 _MASK = tl.constexpr((1 << LENGTH_BITS) - 1)
-_SETTING = {"BM": 64, "BN": 64, "STAGES": 3, "num_warps": 4}
 _PROGRAMS = 2048
 """As many programs as keep a large GPU busy, if the blocks can be cut into so many chunks."""
 
@@ -138,11 +138,11 @@ def error_probe(
     k = k if k.stride(3) == 1 else k.contiguous()
     log_weight = log_weight if log_weight.stride(3) == 1 else log_weight.contiguous()
     order = compact(perm, offsets, key_valid)
-    setting = dict(_SETTING)
-    cut = tiles(order.offsets, k.shape[2], setting["BN"])
-    per_block = -(-order.offsets.diff(dim=-1) // setting["BN"])
+    chosen = setting("error_probe", k, k.shape[2])
+    cut = tiles(order.offsets, k.shape[2], chosen["BN"])
+    per_block = -(-order.offsets.diff(dim=-1) // chosen["BN"])
     first = torch.nn.functional.pad(per_block.cumsum(-1), (1, 0)).to(torch.int32)
-    across = triton.cdiv(rows, setting["BM"])
+    across = triton.cdiv(rows, chosen["BM"])
     parts = min(num_blocks, max(1, triton.cdiv(_PROGRAMS, across * batch * heads)))
     chunk = triton.cdiv(num_blocks, parts)
     _probe[(across * triton.cdiv(num_blocks, chunk), batch * heads)](
@@ -166,7 +166,7 @@ def error_probe(
         chunk,
         D=depth,
         SPLIT=k.dtype != torch.float32,
-        **setting,
+        **chosen.values,
     )
     highest = peak.amax(2, keepdim=True)
     peak.sub_(highest.masked_fill_(highest == -torch.inf, 0.0)).exp2_()
@@ -174,9 +174,8 @@ def error_probe(
 
 
 def _specimen(depth: int, dtype: str) -> Specimen:
-    options = {name: value for name, value in _SETTING.items() if name.startswith("num")}
-    constants = {name: value for name, value in _SETTING.items() if name not in options}
-    constants |= {"D": depth, "SPLIT": dtype != "fp32"}
+    chosen = SPACES["error_probe"].half
+    constants = {**chosen.constants, "D": depth, "SPLIT": dtype != "fp32"}
     types = {
         **dict.fromkeys(("q_ptr", "weight_ptr", "sum_ptr", "peak_ptr"), "*fp32"),
         **dict.fromkeys(("perm_ptr", "block_ptr", "span_ptr", "first_ptr"), "*i32"),
@@ -188,7 +187,7 @@ def _specimen(depth: int, dtype: str) -> Specimen:
         _probe,
         typed(_probe, constants, **types),
         constants,
-        options,
+        chosen.options,
         aligned=("k_b", "k_h", "k_l"),
     )
 

@@ -38,8 +38,9 @@ def bisected(centroids: Tensor) -> Tensor:
         ahead = torch.cat([middle[:, 1:], middle[:, -1:]], 1)
         behind = torch.cat([middle[:, :1], middle[:, :-1]], 1)
         axis = _widest(spread)
-        turned = ((ahead - behind).view_as(axis) * axis).sum(1, keepdim=True) < 0
-        place = (spread @ torch.where(turned, -axis, axis)).masked_fill(~real, torch.inf)
+        turned = ((ahead - behind).view_as(axis) * axis).sum(-1, keepdim=True) < 0
+        place = (spread * torch.where(turned, -axis, axis)).sum(-1, keepdim=True)
+        place = place.masked_fill(~real, torch.inf)
         sorted_places = place.squeeze(-1).sort(dim=-1, stable=True).indices
         # as many in either half, and what is empty behind them
         number = number.squeeze(-1)
@@ -57,9 +58,10 @@ def bisected(centroids: Tensor) -> Tensor:
 
 
 def _widest(spread: Tensor) -> Tensor:
-    """Directions of about the largest spread, ``[G, D, 1]``, from the row that is furthest off."""
+    """Directions of about the largest spread, ``[G, 1, D]``, from the row that is furthest off."""
     far = spread.square().sum(-1).argmax(-1)
-    axis = spread[torch.arange(far.shape[0], device=far.device), far].unsqueeze(-1)
+    axis = spread[torch.arange(far.shape[0], device=far.device), far].unsqueeze(1)
     for _ in range(_STEPS):
-        axis = torch.nn.functional.normalize(spread.mT @ (spread @ axis), dim=1)
+        along = (spread * axis).sum(-1, keepdim=True)
+        axis = torch.nn.functional.normalize((spread * along).sum(1, keepdim=True), dim=-1)
     return axis

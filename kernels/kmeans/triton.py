@@ -18,6 +18,7 @@ from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.kmeans.start import starting_centroids
 from dit_accel.kernels.order import label_bounds, sorted_labels
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.tuning import SPACES, setting
 
 
 @triton.jit(do_not_specialize=["heads", "length", "clusters", "step"])
@@ -203,9 +204,8 @@ def _assign_all(x: Tensor, state: Clusters, step: int) -> None:
         parts = (state.centre, state.half, state.labels, state.valid, state.changed)
         hopper.assign(x, *parts, state.arguments(x, step))
         return
-    wide = x.dtype != torch.float32
-    block_m = 128 if wide else 64
-    _assign[(triton.cdiv(x.shape[2], block_m), x.shape[0] * x.shape[1])](
+    chosen = setting("kmeans.assign", x, x.shape[2])
+    _assign[(triton.cdiv(x.shape[2], chosen["BM"]), x.shape[0] * x.shape[1])](
         x,
         state.centre,
         state.half,
@@ -214,11 +214,8 @@ def _assign_all(x: Tensor, state: Clusters, step: int) -> None:
         state.changed,
         *state.arguments(x, step),
         D=x.shape[3],
-        BM=block_m,
-        BN=64,
         HAS_VALID=state.valid is not None,
-        num_warps=8 if wide else 4,
-        num_stages=3,
+        **chosen.values,
     )
 
 
@@ -243,10 +240,8 @@ def update_means(x: Tensor, state: Clusters, step: int) -> None:
         state.half,
         *state.arguments(x, step),
         D=x.shape[3],
-        BN=32,
         HAS_VALID=state.valid is not None,
-        num_warps=4,
-        num_stages=2,
+        **setting("kmeans.update", x, x.shape[2]).values,
     )
 
 
@@ -264,11 +259,11 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
     }
     settings: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (
-            _assign,
-            {"D": depth, "BM": 128, "BN": 64, "HAS_VALID": False},
-            {"num_warps": 8, "num_stages": 3},
-        ),
-        (_update, {"D": depth, "BN": 32, "HAS_VALID": False}, {"num_warps": 4, "num_stages": 2}),
+            kernel,
+            {"D": depth, **SPACES[name].half.constants, "HAS_VALID": False},
+            SPACES[name].half.options,
+        )
+        for kernel, name in ((_assign, "kmeans.assign"), (_update, "kmeans.update"))
     ]
     return [
         Specimen(

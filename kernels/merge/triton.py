@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.specimen import Specimen
-
-_ROWS = 32
+from dit_accel.kernels.tuning import SPACES, setting
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -37,8 +36,9 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     out, lse, other, other_lse = (x.contiguous() for x in (out, lse, other, other_lse))
     merged, norm = torch.empty_like(out), torch.empty_like(lse)
     rows, depth = lse.numel(), out.shape[-1]
-    merge_kernel[(triton.cdiv(rows, _ROWS),)](
-        out, lse, other, other_lse, merged, norm, rows, D=depth, ROWS=_ROWS
+    chosen = setting("merge", out, out.shape[-2])
+    merge_kernel[(triton.cdiv(rows, chosen["ROWS"]),)](
+        out, lse, other, other_lse, merged, norm, rows, D=depth, **chosen.values
     )
     return merged, norm
 
@@ -53,7 +53,8 @@ SPECIMENS = (
                 **dict.fromkeys(("a_lse", "b_lse", "lse"), "*fp32"),
                 "rows": "i32",
             },
-            {"D": depth, "ROWS": _ROWS},
+            {"D": depth, **SPACES["merge"].half.constants},
+            SPACES["merge"].half.options,
         )
         for depth in (64, 128)
     ]

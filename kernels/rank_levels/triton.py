@@ -11,7 +11,6 @@ from torch import Tensor
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
 
-
 _LEAST = tl.constexpr(0x007FFFFF)
 """What stands for -inf among the numbers that floats are ordered by."""
 

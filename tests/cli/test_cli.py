@@ -178,6 +178,18 @@ def test_doctor(cli):
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
+def test_doctor_knows_whose_settings_of_kernels_count(tmp_path, monkeypatch):
+    from dit_accel.cli import doctor
+    from dit_accel.kernels.tuning import files
+
+    monkeypatch.setenv(files.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(files, "shipped", lambda architecture: tmp_path / "none.json")
+    assert "defaults everywhere" in doctor._settings(90).why
+    (tmp_path / "sm_90.json").write_text("{}")
+    assert "Field required" in doctor._settings(90).why
+    assert not doctor._settings(90).works
+
+
 def test_doctor_says_why_not(cli):
     found = {f["name"]: f for f in json.loads(cli("doctor", "--json")[1])["findings"]}
     for name in ("GPU", "attention: batched", "attention: dense cudnn", "triton"):

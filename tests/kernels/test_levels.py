@@ -82,7 +82,7 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
 def rows_of(pyramid):
     """Where in the order the keys of every row of a table begin, and how many they are."""
     rows = [(place, 1) for place in range(LENGTH)]
-    for span in pyramid.rows[0, 0].tolist():
+    for span in pyramid.span[0, 0].tolist():
         rows.append((span >> START_BIT, span & ((1 << LENGTH_BITS) - 1)))
     return rows
 
@@ -96,7 +96,7 @@ def test_heads_are_taken_as_memory_allows(monkeypatch):
     one = 2 * pyramid.height * 16 * 4
     monkeypatch.setattr(levels, "TABLE_BYTES", 2 * one)
     groups = [some(marks).flatten().tolist() for some in levels.head_groups(k, pyramid)]
-    assert sum(groups, []) == list(range(10))
+    assert [mark for group in groups for mark in group] == list(range(10))
     assert max(map(len, groups)) == 2
     (whole,) = levels.head_groups(k, pyramid, whole=True)
     assert torch.equal(whole(marks), marks)

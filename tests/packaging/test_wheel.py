@@ -80,6 +80,8 @@ def test_the_wheel_holds_everything_under_one_name(wheel):
     assert "dit_accel/py.typed" in names
     for name in ("report.html.j2", "style.css", "script.js"):
         assert f"dit_accel/eval/report/templates/{name}" in names
+    for path in (ROOT / "kernels/tuning").glob("*.json"):
+        assert f"dit_accel/kernels/tuning/{path.name}" in names
     weights = "dit_accel/pipelines/tiny_wan/weights/"
     wanted = {
         weights + str(path.relative_to(ROOT / "pipelines/tiny_wan/weights"))

@@ -414,3 +414,15 @@ def test_set_attn_processor_takes_names_methods_and_processors(pipe, go):
         set_attn_processor(pipe, WanAttnProcessor(), density=0.2)
     with pytest.raises(InputError, match="expected a preset's name, a Method or a processor"):
         set_attn_processor(pipe, 3)
+
+
+def test_a_bad_file_of_kernel_settings_is_told_before_work_starts(pipe, tmp_path, monkeypatch):
+    from dit_accel.kernels.tuning import files, lookup
+
+    monkeypatch.setenv(files.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(lookup, "architecture_of", lambda device: 90)
+    (tmp_path / "sm_90.json").write_text("[]")
+    lookup.forget()
+    with pytest.raises(InputError, match=r"sm_90\.json: .*tune-kernels"):
+        dit_accel.accelerate(pipe, "pisa")
+    lookup.forget()
