@@ -20,6 +20,9 @@ _DIRECT = triton.__version__.startswith(_LOOKED_AT)
 _MOST = 4096
 """Launches that are remembered; beyond that all are forgotten, and remembered anew."""
 
+_RUN = triton.JITFunction.run
+"""How Triton launches; while somebody has put something else in its place, that is used."""
+
 _known: dict[Any, tuple[Any, ...]] = {}
 
 
@@ -35,7 +38,8 @@ def launch(
         sizes: integers and floats, which follow.
         constants: constants of the kernel, and options of the launch.
     """
-    if not _DIRECT or not isinstance(kernel, triton.JITFunction):
+    replaced = triton.JITFunction.run is not _RUN
+    if not _DIRECT or replaced or not isinstance(kernel, triton.JITFunction):
         kernel[grid](*pointers, *sizes, **constants)
         return
     device = pointers[0].device.index

@@ -124,3 +124,13 @@ def test_how_much_a_call_launches(method, kernels, others):
     assert found["kernels"]
     assert sum(found["kernels"].values()) <= kernels, found
     assert sum(found["others"].values()) <= others, found
+
+
+def test_what_takes_the_place_of_triton_s_launch_is_used(monkeypatch):
+    """Such as what compiles kernels and does not launch them."""
+    ran = []
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, **options: ran.append(args))
+    kernel = triton.JITFunction.__new__(triton.JITFunction)
+    for _ in range(2):
+        launching.launch(kernel, (1,), (torch.ones(2),), (3,), D=16)
+    assert len(ran) == 2
