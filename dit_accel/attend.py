@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,14 +11,13 @@ from torch import Tensor
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_attention import block_attention
 from dit_accel.kernels.dense_attention import partial_attention
+from dit_accel.kernels.pair_count import pair_count
 from dit_accel.kernels.token_attention import token_attention
 from dit_accel.layout import Blocked
 from dit_accel.partial import Partial, merge
 from dit_accel.recorder import span
 from dit_accel.rest import Drop, Rest
-from dit_accel.types import EXACT, Context, Plan, Prefix, Report, TokenPlan
-
-_CHUNK_BYTES = 32 * 2**20
+from dit_accel.types import Context, Plan, Prefix, Report, TokenPlan
 
 
 def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -> Partial:
@@ -215,10 +215,15 @@ def dense_pairs(q: Tensor, key_valid: Tensor | None, prefix: Prefix | None = Non
     batch, heads, length = q.shape[:3]
     others = 0 if prefix is None else prefix.length
     if key_valid is None:
-        every = length * (length + others)
-        return torch.full((batch, heads), every, dtype=torch.int64, device=q.device)
+        return _all_pairs(batch, heads, length * (length + others), q.device)
     every_valid = (key_valid.sum(-1, dtype=torch.int64) + others) * length
     return every_valid.unsqueeze(1).expand(batch, heads)
+
+
+@lru_cache(maxsize=64)
+def _all_pairs(batch: int, heads: int, every: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a cached inference tensor could not be used outside
+        return torch.full((batch, heads), every, dtype=torch.int64, device=device)
 
 
 def report(
@@ -234,34 +239,15 @@ def report(
     """
     length = blocked.q.shape[2]
     every = dense_pairs(blocked.q, blocked.geometry.key_valid, prefix)
-    return Report(_exact_pairs(blocked, plan) + computed * length, every)
+    exact = _exact_pairs(blocked, plan)
+    return Report(exact + computed * length if computed else exact, every)
 
 
 def _exact_pairs(blocked: Blocked, plan: Plan | TokenPlan) -> Tensor:
     batch, heads = blocked.q.shape[:2]
     # without padding a block's valid keys are its tokens, and no statistics are needed
     padded = blocked.geometry.key_valid is not None
-    count = blocked.summary().count if padded else blocked.keys.sizes
-    count = count.expand(batch, heads, -1)
-    sizes = blocked.queries.sizes.expand(batch, heads, -1)
+    keys = blocked.summary().count if padded else blocked.keys.sizes
     if isinstance(plan, TokenPlan):
-        return _count_tokens(plan.select.expand(batch, heads, -1, -1), count)
-    code = plan.code.expand(batch, heads, -1, -1)
-    exact = torch.empty(batch, heads, dtype=torch.int64, device=count.device)
-    # a few heads at a time; a row's keys are below 2**24, so fp32 counts them exactly
-    step = max(1, _CHUNK_BYTES // (4 * batch * code[0, 0].numel()))
-    for h in range(0, heads, step):
-        some = slice(h, h + step)
-        keys = (code[:, some] == EXACT).float() @ count[:, some].float().unsqueeze(-1)
-        exact[:, some] = (keys.squeeze(-1).double() * sizes[:, some]).sum(-1).long()
-    return exact
-
-
-def _count_tokens(select: Tensor, count: Tensor) -> Tensor:
-    """int64 ``[B, H]``: pairs of a query token and a valid key of a block that it selects."""
-    batch, heads = select.shape[:2]
-    exact = torch.empty(batch, heads, dtype=torch.int64, device=select.device)
-    for b in range(batch):
-        for h in range(heads):
-            exact[b, h] = (select[b, h].sum(0) * count[b, h]).sum()
-    return exact
+        return pair_count(plan.select, keys).expand(batch, heads)
+    return pair_count(plan.code, keys, blocked.queries.sizes).expand(batch, heads)

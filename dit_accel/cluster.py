@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import InputError
-from dit_accel.kernels.kmeans import kmeans
-from dit_accel.kernels.order import label_order
+from dit_accel.kernels.block_summary import block_mean
+from dit_accel.kernels.kmeans import bisected, kmeans
+from dit_accel.kernels.order import label_order, valid_order
 from dit_accel.layout import TEXT_BLOCK, Blocked, default_scale
 from dit_accel.types import Blocks, Context, Geometry
 
@@ -26,7 +27,10 @@ class KMeans:
     """Euclidean k-means of queries and of keys.
 
     The first call of a layer and guidance branch starts from tokens; later ones from where the call
-    before ended, since little moves from one denoising step to the next.
+    before ended, since little moves from one denoising step to the next. An iteration gives every
+    token to its nearest centroid, and then takes the means: the clusters are those of the last
+    iteration, and its means are where the next call starts, as in the public code. The first call
+    also puts clusters that are alike beside each other, and later ones leave them there.
 
     Attributes:
         q_clusters, k_clusters: how many; by default as many as keep the clusters' mean size what it
@@ -59,41 +63,66 @@ class KMeans:
         video = ctx.geometry.num_video
         queries = min(video, self.q_clusters or -(-video * QUERY_CLUSTERS // TOKENS))
         keys = min(video, self.k_clusters or -(-video * KEY_CLUSTERS // TOKENS))
-        return Blocked(
-            q,
-            k,
-            v,
-            self._partition("queries", q, queries, ctx),
-            self._partition("keys", k, keys, ctx),
-            ctx.geometry,
-            default_scale(q, scale),
-        )
-
-    def _partition(self, name: str, x: Tensor, clusters: int, ctx: Context) -> Blocks:
-        where = ctx.geometry
         memory = ctx.memory
         if self.share_branches and ctx.state is not None:
             memory = ctx.state.slot(ctx.layer, "")
+        where = ctx.geometry
+        q_blocks, q_centres = self._partition(q, queries, where, memory.get("kmeans queries"))
+        k_blocks, k_centres = self._partition(k, keys, where, memory.get("kmeans keys"))
+        blocked = Blocked(q, k, v, q_blocks, k_blocks, where, default_scale(q, scale))
+        known = memory.get("kmeans queries") is not None
+        if self.next_iterations if known else self.first_iterations:
+            # the means that end an iteration: route and rest want them as well
+            q_centres = _moved(q_centres, *_query_means(blocked))
+            summary = blocked.summary()
+            k_centres = _moved(k_centres, summary.k_mean, summary.count)
+        memory["kmeans queries"], memory["kmeans keys"] = q_centres, k_centres
+        return blocked
+
+    def _partition(
+        self, x: Tensor, clusters: int, where: Geometry, known: Tensor | None
+    ) -> tuple[Blocks, Tensor]:
+        """Clusters, and the centroids that their tokens are nearest to."""
         start, stop = where.text_span
-        if stop > start:
-            x = torch.cat([x[:, :, :start], x[:, :, stop:]], 2)
         valid = where.key_valid
-        if valid is not None and stop > start:
-            valid = torch.cat([valid[:, :start], valid[:, stop:]], 1)
-        slot = f"kmeans {name}"
-        known = memory.get(slot)
+        if stop == x.shape[2]:
+            x, valid = x[:, :, :start], None if valid is None else valid[:, :start]
+        elif stop > start:
+            x = torch.cat([x[:, :, :start], x[:, :, stop:]], 2)
+            valid = None if valid is None else torch.cat([valid[:, :start], valid[:, stop:]], 1)
         if known is not None and known.shape != (*x.shape[:2], clusters, x.shape[3]):
             known = None  # another resolution, or another batch
+        iterations = self.first_iterations if known is None else self.next_iterations
         labels, centroids = kmeans(
             x,
             clusters,
-            iterations=self.first_iterations if known is None else self.next_iterations,
+            iterations=max(0, iterations - 1),
             start=known,
             valid=valid,
             seed=self.seed,
         )
-        memory[slot] = centroids
-        return _blocks(labels, clusters, where)
+        if known is None:
+            order = bisected(centroids)
+            labels = order.argsort(-1).gather(-1, labels)
+            centroids = centroids.gather(2, order.unsqueeze(-1).expand_as(centroids))
+        return _blocks(labels, clusters, where), centroids
+
+
+def _query_means(blocked: Blocked) -> tuple[Tensor, Tensor]:
+    """Means of the query blocks' valid tokens, and how many these are."""
+    blocks, valid = blocked.queries, blocked.geometry.key_valid
+    if valid is None:
+        return blocked.query_mean(), blocks.sizes
+    _, bounds = valid_order(blocks.perm, blocks.offsets, valid)
+    mean = block_mean(blocked.q, perm=blocks.perm, offsets=blocks.offsets, valid=valid)
+    return mean, bounds.diff(dim=-1)
+
+
+def _moved(centroids: Tensor, means: Tensor, count: Tensor) -> Tensor:
+    """Means of the clusters, the first blocks; one without a token stays where it was."""
+    clusters = centroids.shape[2]
+    some = (count[..., :clusters] > 0).unsqueeze(-1)
+    return torch.where(some, means[:, :, :clusters], centroids)
 
 
 def _blocks(labels: Tensor, clusters: int, where: Geometry) -> Blocks:

@@ -85,17 +85,26 @@ def method_of(owner: str, given: Mapping[str, Any]) -> Method:
 def config_of(method: Method) -> dict[str, Any]:
     """`Method.to_config`."""
     if _is_as_made(method):
-        options = {name: _described(name, value) for name, value in method.options.items()}
-        return {"method": method.name, "options": options}
+        return {"method": method.name, "options": plain_options(method.options)}
     if method.layout is None:
         return {"method": "dense", "options": {"backend": method.backend}}
     options = {kind: describe(kind, getattr(method, kind)) for kind in COMPONENTS}
     schedule = {
         "dense_steps": method.schedule.dense_steps,
         "dense_layers": list(method.schedule.dense_layers),
+        "dense_below": method.schedule.dense_below,
         "dense_backend": method.backend,
     }
     return {"method": "custom", "options": {**options, **schedule}}
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a configuration has them: texts, numbers, lists and mappings.
+
+    Raises:
+        InputError: a part is none of this library's, and has no name.
+    """
+    return {name: _described(name, value) for name, value in options.items()}
 
 
 def _is_as_made(method: Method) -> bool:

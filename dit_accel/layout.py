@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Final, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Final, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ class Blocked:
             key_valid=self.geometry.key_valid,
             k_var=need_var,
             cov=need_cov,
+            longest=self.keys.longest,
         )
         if known is None:
             known = Summary(found.count, found.k_mean, found.v_mean)
@@ -83,7 +84,10 @@ class Blocked:
         """``q̄_i``: fp32 (fp64 for fp64) ``[B, H, Nq, D]``, zero for an empty block. Cached."""
         if "query_mean" not in self._cache:
             self._cache["query_mean"] = block_mean(
-                self.q, perm=self.queries.perm, offsets=self.queries.offsets
+                self.q,
+                perm=self.queries.perm,
+                offsets=self.queries.offsets,
+                longest=self.queries.longest,
             )
         mean: Tensor = self._cache["query_mean"]
         return mean
@@ -299,6 +303,9 @@ class Cyclic:
     window: tuple[int, int] = (3, 4)
     box: tuple[int, int, int] = (4, 6, 4)
 
+    period: ClassVar[int] = 3
+    """Layers that are treated in turn."""
+
     def __post_init__(self) -> None:
         _check_sizes(self, frames=self.frames)
         _check_tile(self, "window", self.window, 2)
@@ -311,7 +318,7 @@ class Cyclic:
             (self.frames, rows, columns),
             (whole_frames, *self.window),
             self.box,
-        )[layer % 3]
+        )[layer % self.period]
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None = None

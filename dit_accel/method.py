@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,10 +32,13 @@ class Schedule:
         dense_steps: how many denoising steps, the first ones: a count (``int``), or a fraction of
             all steps (``float`` in ``[0, 1)``), rounded half up.
         dense_layers: layers; negative indices count from the last.
+        dense_below: sequences of fewer tokens; ``"auto"`` is where a pipeline runs on a GPU that
+            was measured (`dit_accel.crossover`), and nowhere else.
     """
 
     dense_steps: int | float = 0
     dense_layers: tuple[int, ...] = ()
+    dense_below: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         steps = self.dense_steps
@@ -51,6 +54,11 @@ class Schedule:
         ):
             raise InputError(f"dense_layers: expected a tuple of integers, got {layers!r}")
         object.__setattr__(self, "dense_layers", tuple(layers))
+        below = self.dense_below
+        if below != "auto" and (isinstance(below, bool) or not isinstance(below, int) or below < 0):
+            raise InputError(
+                f"dense_below: expected a number of tokens, 0 or more, or 'auto', got {below!r}"
+            )
 
     def is_dense(self, ctx: Context) -> bool:
         """Whether this step of this layer is dense.
@@ -59,6 +67,8 @@ class Schedule:
             InputError: ``dense_steps`` is a fraction, or a layer counts from the last, and the
                 context does not know how many there are.
         """
+        if self.dense_below != "auto" and ctx.geometry.length < self.dense_below:
+            return True
         if self.dense_steps and ctx.step < count_steps("dense_steps", self.dense_steps, ctx):
             return True
         return is_among("dense_layers", self.dense_layers, ctx)
@@ -168,11 +178,12 @@ class Method:
     @property
     def density_asked(self) -> Budget | None:
         """The share of exact pairs that is asked for, if the route goes by one."""
-        name, given = self._budget or ("", None)
+        name, given = self.budget or ("", None)
         return given if name == "density" else None
 
     @property
-    def _budget(self) -> tuple[str, Budget] | None:
+    def budget(self) -> tuple[str, Budget] | None:
+        """What the route goes by, its name and value, if it has a budget."""
         return getattr(self.route, "budget", None)
 
     def check_layers(self, layers: int, of: str) -> None:
@@ -188,8 +199,8 @@ class Method:
                     f"dense_layers: expected layers from {-layers} to {layers - 1} of {of}, got "
                     f"{layer}"
                 )
-        if self._budget is not None:
-            check_layers(*self._budget, layers, of)
+        if self.budget is not None:
+            check_layers(*self.budget, layers, of)
 
     def is_dense(self, ctx: Context) -> bool:
         """Whether this call is left to the dense attention of the code around.
@@ -202,9 +213,9 @@ class Method:
         """Whether every pair is wanted: dense as such, by schedule, or by a share of 1 here."""
         if self.layout is None or self.schedule.is_dense(ctx):
             return True
-        if self._budget is None or isinstance(self._budget[1], float):
+        if self.budget is None or isinstance(self.budget[1], float):
             return False  # a plain 1 goes by way of the blocks, as Everything does
-        return share_at(*self._budget, ctx) == 1
+        return share_at(*self.budget, ctx) == 1
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, *, scale: float | None = None

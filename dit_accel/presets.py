@@ -11,24 +11,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from dit_accel import config
-from dit_accel.components import choose, make, names
+from dit_accel.components import make
 from dit_accel.density import Budget
 from dit_accel.error_route import ErrorAware
 from dit_accel.errors import InputError
 from dit_accel.flashblock import Cycle, around
-from dit_accel.layout import Layout
 from dit_accel.method import Method, Schedule
 from dit_accel.options import Opt, closest
+from dit_accel.preset_options import (
+    BlockSize,
+    Clusters,
+    DenseBackend,
+    DenseBelow,
+    DenseLayers,
+    DenseSteps,
+    Density,
+    LayoutOption,
+    RestOption,
+    RouteOption,
+    TaylorOption,
+    WeightOption,
+)
 from dit_accel.pyramid import RATIOS, Pyramid
 from dit_accel.registry import Paper, Preset, build, catalogue, get, parse_option, preset
-from dit_accel.rest import Drop, FirstOrder, Rest
-from dit_accel.route import Route
+from dit_accel.rest import Drop
 from dit_accel.suggestions import Suggestion, for_model
 from dit_accel.token_route import Gate
 
@@ -50,48 +61,13 @@ __all__ = [
     "vmoba",
 ]
 
-# --- options that several presets share -----------------------------------------------------------
-
-DenseSteps = Annotated[
-    Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)],
-    Opt("denoising steps that stay dense, the first ones: a count, or a fraction of all"),
-]
-DenseLayers = Annotated[
-    tuple[int, ...], Opt("layers that stay dense; negative ones count from the last")
-]
-Density = Annotated[Budget, Opt("share of the video's block pairs computed exactly")]
-BlockSize = Annotated[int, Opt("tokens in a block"), Field(ge=1)]
-LayoutOption = Annotated[
-    str | Layout,
-    Opt("order of the tokens", names("layout"), Layout, partial(choose, "layout")),
-]
-RouteOption = Annotated[
-    str | Route,
-    Opt("how the exact blocks are chosen", names("route"), Route, partial(choose, "route")),
-]
-Clusters = Annotated[
-    Annotated[int, Field(ge=1)] | None,
-    Opt("clusters of layout=kmeans; none keeps their size what it is in the paper"),
-]
-RestOption = Annotated[
-    str | Rest,
-    Opt("what stands in for the pairs not computed", names("rest"), Rest, partial(choose, "rest")),
-]
-TaylorOption = Annotated[
-    FirstOrder | None, Opt("first-order term of the rest; drop and centroid have none")
-]
-WeightOption = Annotated[
-    Literal["second", "gaussian"], Opt("correction of the weights by rest=moment")
-]
-
-
 # --- the table ------------------------------------------------------------------------------------
 
 
 @preset("torch's dense attention, the reference for everything else")
 def dense(
     backend: Annotated[
-        Literal["sdpa", "cudnn", "flash", "xformers"] | None,
+        DenseBackend | None,
         Opt("who computes it; none is diffusers' own code in a pipeline, and sdpa elsewhere"),
     ] = None,
 ) -> Method:
@@ -114,8 +90,9 @@ def custom(
     weight: WeightOption = "second",
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
+    dense_below: DenseBelow = "auto",
     dense_backend: Annotated[
-        Literal["sdpa", "cudnn", "flash", "xformers"] | None,
+        DenseBackend | None,
         Opt("who computes dense steps and layers, as backend of dense"),
     ] = None,
 ) -> Method:
@@ -128,7 +105,7 @@ def custom(
         make("layout", layout, block_size=block_size),
         make("route", route, density=density),
         make("rest", rest, taylor=taylor, weight=weight),
-        Schedule(dense_steps, dense_layers),
+        Schedule(dense_steps, dense_layers, dense_below),
         backend=dense_backend,
     )
 
@@ -166,6 +143,7 @@ def pisa(
     p: Annotated[Budget, Opt("share of the attention that route=topp keeps")] = 0.9,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
+    dense_below: DenseBelow = "auto",
 ) -> Method:
     """PISA (arXiv 2602.01077), every component exchangeable by keyword.
 
@@ -179,7 +157,7 @@ def pisa(
         make("layout", layout, block_size=block_size, query_block_size=queries),
         make("route", route, density=density, p=p, bias=bias),
         make("rest", rest, taylor=taylor, weight=weight),
-        Schedule(dense_steps, dense_layers),
+        Schedule(dense_steps, dense_layers, dense_below),
     )
 
 
@@ -215,6 +193,7 @@ def svg_ear(
     seed: Annotated[int, Opt("of the first centroids"), Field(ge=0)] = 0,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
+    dense_below: DenseBelow = "auto",
 ) -> Method:
     """SVG-EAR (arXiv 2603.08982), every component exchangeable by keyword.
 
@@ -234,7 +213,7 @@ def svg_ear(
         ),
         ErrorAware(density),
         make("rest", rest, taylor=taylor, weight=weight),
-        Schedule(dense_steps, dense_layers),
+        Schedule(dense_steps, dense_layers, dense_below),
     )
 
 
@@ -266,6 +245,7 @@ def vmoba(
     weight: WeightOption = "second",
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
+    dense_below: DenseBelow = "auto",
 ) -> Method:
     """VMoBA (arXiv 2506.23858), every component exchangeable by keyword.
 
@@ -275,7 +255,7 @@ def vmoba(
         make("layout", layout, block_size=block_size),
         Gate(threshold, scope, mode),
         make("rest", rest, taylor=taylor, weight=weight),
-        Schedule(dense_steps, dense_layers),
+        Schedule(dense_steps, dense_layers, dense_below),
     )
 
 
@@ -320,6 +300,7 @@ def psa(
     ] = 0.0,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
+    dense_below: DenseBelow = "auto",
 ) -> Method:
     """PSA (arXiv 2512.04025).
 
@@ -340,7 +321,7 @@ def psa(
         make("layout", layout, block_size=block_k, query_block_size=block_q),
         Pyramid(tuple(ratios), mode, sample, similarity_cap, seed, min_exact),  # type: ignore[arg-type]
         Drop(),
-        Schedule(dense_steps, dense_layers),
+        Schedule(dense_steps, dense_layers, dense_below),
     )
 
 
@@ -380,6 +361,7 @@ def flashblock(
     ] = None,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = (),
+    dense_below: DenseBelow = "auto",
     **inner_options: Any,
 ) -> Method:
     """FlashBlock (arXiv 2602.05305) around a method, such as ``inner="pisa", density=0.15``.
@@ -387,12 +369,13 @@ def flashblock(
     In block diffusion the cached context is kept, and the inner method acts inside the chunk.
     Elsewhere what the inner method leaves out is kept, and its rest serves its route alone, and
     the layers that keep nothing; ``dense`` leaves nothing out, and the pooled pairs of ``psa`` have
-    no exact complement, so that both are refused there. ``dense_steps`` and ``dense_layers``, if
-    given, take the place of those of an inner `Method`.
+    no exact complement, so that both are refused there. ``dense_steps``, ``dense_layers`` and
+    ``dense_below``, if given, take the place of those of an inner `Method`.
     """
     method = build(inner, **inner_options) if isinstance(inner, str) else inner
     budget = None if budget_gib is None else int(budget_gib * 2**30)
     kept = around(method, Cycle(refresh, layers, budget))
-    if isinstance(inner, Method) and not dense_steps and not dense_layers:
+    given = dense_steps or dense_layers or dense_below != "auto"
+    if isinstance(inner, Method) and not given:
         return kept
-    return replace(kept, schedule=Schedule(dense_steps, dense_layers))
+    return replace(kept, schedule=Schedule(dense_steps, dense_layers, dense_below))

@@ -12,6 +12,7 @@ from torch import Tensor
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_importance import block_importance
 from dit_accel.kernels.order import valid_order
+from dit_accel.kernels.packed import remembered
 from dit_accel.kernels.rank_levels import rank_levels
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.rest import Drop
@@ -108,8 +109,22 @@ class Pyramid:
         keys, queries = blocked.keys, blocked.queries
         tokens, bounds = valid_order(keys.perm, keys.offsets, blocked.geometry.key_valid)
         bounds = bounds[..., : columns + 1]
-        q_tokens, q_bounds = self._sampled(queries.perm, queries.offsets[..., : rows + 1])
-        k_tokens, k_bounds = self._sampled(tokens, bounds)
+        q_blocks = queries.offsets[..., : rows + 1]
+        q_tokens, q_bounds = remembered(
+            queries.perm,
+            queries.offsets,
+            ("sampled", rows, self.sample, self.seed),
+            lambda: self._sampled(queries.perm, q_blocks, queries.longest),
+        )
+
+        def sampled_keys() -> tuple[Tensor, Tensor]:
+            return self._sampled(tokens, bounds, keys.longest)
+
+        if blocked.geometry.key_valid is None:
+            what = ("sampled", columns, self.sample, self.seed)
+            k_tokens, k_bounds = remembered(keys.perm, keys.offsets, what, sampled_keys)
+        else:
+            k_tokens, k_bounds = sampled_keys()
         importance = block_importance(
             blocked.q,
             blocked.k,
@@ -118,22 +133,21 @@ class Pyramid:
             k_tokens=k_tokens,
             k_bounds=k_bounds,
             scale=blocked.scale,
+            k_longest=None if keys.longest is None else -(-keys.longest // _SHARE),
         )
-        count = bounds.diff(dim=-1).expand(batch, heads, -1)
-        # ranks of a few heads at a time take what the importance of all does
+        level = code[:, :, :rows, :columns]
+        self._rank(importance, bounds.diff(dim=-1), level)
+        # a few heads at a time, whose indices take what the importance of all does
         step = max(1, _CHUNK_BYTES // (importance[:, :1].numel() * 8))
-        for h in range(0, heads, step):
+        for h in range(0, heads if self.similarity_cap else 0, step):
             some = slice(h, h + step)
-            level = self._levels(importance[:, some], count[:, some])
-            if self.similarity_cap:
-                allowed = allowed_levels(
-                    blocked.k[:, some], _heads(tokens, some), _heads(bounds, some)
-                )
-                level = allowed.gather(-1, level.mT.long()).mT
-            code[:, some, :rows, :columns] = level
+            allowed = allowed_levels(blocked.k[:, some], _heads(tokens, some), _heads(bounds, some))
+            level[:, some] = allowed.gather(-1, level[:, some].mT.long()).mT
         return Plan(code, LEVELS[1:])
 
-    def _sampled(self, tokens: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    def _sampled(
+        self, tokens: Tensor, bounds: Tensor, longest: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A quarter of every block's tokens, at least one, and where those of each block lie.
 
         There are as many places as samples could be, since how many there are is not known to the
@@ -146,6 +160,8 @@ class Pyramid:
         counts = -(-sizes // _SHARE)
         ends = counts.cumsum(-1)
         places = (tokens.shape[-1] + (_SHARE - 1) * sizes.shape[-1]) // _SHARE
+        if longest is not None:
+            places = min(places, sizes.shape[-1] * -(-longest // _SHARE))
         place = torch.arange(places, device=tokens.device).expand(*lead, -1).contiguous()
         block = torch.searchsorted(ends, place, right=True).clamp_(max=sizes.shape[-1] - 1)
         inside = place - (ends - counts).gather(-1, block)
@@ -159,24 +175,45 @@ class Pyramid:
         where = (bounds.gather(-1, block) + inside).clamp_(0, tokens.shape[-1] - 1)
         return tokens.gather(-1, where), torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
 
-    def _levels(self, importance: Tensor, count: Tensor) -> Tensor:
-        """int8 ``[B, H, Nq, Nk]``: the level of every pair."""
-        full = (count > 0).unsqueeze(-2)
-        score = importance.masked_fill(~full, -torch.inf)
-        ratios = _on(self.ratios, torch.float64, score.device)
-        one = full.to(score.dtype)
+    def _rank(self, importance: Tensor, count: Tensor, level: Tensor) -> None:
+        """Fill in the level of every pair, int8 ``[B, H, Nq, Nk]``.
+
+        A block without keys (``count``, ``[B|1, H|1, Nk]``) takes up no room, and what its level is
+        makes no difference.
+        """
+        one = (count > 0).unsqueeze(-2).to(importance.dtype)
         number = one.sum(-1, keepdim=True, dtype=torch.float64)
         worth, total = one, number
         if self.mode == "threshold":
-            worth = importance.masked_fill(~full, 0.0)
-            total = worth.sum(-1, keepdim=True, dtype=torch.float64)
+            worth = importance
+            total = importance.sum(-1, keepdim=True, dtype=torch.float64)
             total = total.clamp(min=torch.finfo(torch.float32).tiny)
+        bounds = _on(self.ratios, torch.float64, importance.device) * total
         # within all bounds is the finest level
-        code = _on((DROP, *reversed(LEVELS)), torch.int8, score.device)
-        level = code[rank_levels(score, worth, ratios * total).int()]
+        rank_levels(importance, worth, bounds, codes=(DROP, *reversed(LEVELS)), out=level)
         if self.min_exact:
-            level = level.masked_fill(rank_levels(score, one, self.min_exact * number) > 0, EXACT)
-        return level
+            level.masked_fill_(rank_levels(importance, one, self.min_exact * number) > 0, EXACT)
+
+
+def pooled_pairs(blocked: Blocked, plan: Plan) -> Tensor:
+    """int64 ``[B, H]``: pairs of a query and a mean that a plan computes beside its exact ones.
+
+    With those they are the plan's work, in products of a query and a row of keys.
+    """
+    batch, heads = blocked.q.shape[:2]
+    padded = blocked.geometry.key_valid is not None
+    count = blocked.summary().count if padded else blocked.keys.sizes
+    count = count.expand(batch, heads, -1)
+    sizes = blocked.queries.sizes.expand(batch, heads, -1)
+    pairs = torch.zeros(batch, heads, dtype=torch.int64, device=count.device)
+    for h in range(heads):
+        code = _heads(plan.code, slice(h, h + 1)).expand(batch, -1, -1, -1)[:, 0]
+        for level in LEVELS[1:]:
+            means = -(-count[:, h] // level)
+            # a row's means are below 2**24, so fp32 counts them exactly
+            read = (code == level).float() @ means.float().unsqueeze(-1)
+            pairs[:, h] += (read.squeeze(-1).double() * sizes[:, h]).sum(-1).long()
+    return pairs
 
 
 def _heads(tensor: Tensor, heads: slice) -> Tensor:

@@ -112,6 +112,11 @@ class Recorder:
         finally:
             self.end()
 
+    @property
+    def count(self) -> int:
+        """How many spans were opened."""
+        return len(self._spans)
+
     def parts(self) -> dict[str, float]:
         """Seconds by name; spans within a span are not counted twice."""
         seconds: dict[str, float] = {}
@@ -121,13 +126,13 @@ class Recorder:
                 seconds[one.parent.name] = seconds.get(one.parent.name, 0.0) - took
         return seconds
 
-    def layers(self, without: str) -> dict[int, float]:
-        """Seconds by layer, less those of spans of one name directly within it."""
+    def layers(self, *without: str) -> dict[int, float]:
+        """Seconds by layer, less those of spans of some names directly within it."""
         seconds: dict[int, float] = {}
         for one, took in self._durations():
             if one.layer is not None:
                 seconds[one.layer] = seconds.get(one.layer, 0.0) + took
-            elif one.name == without and one.parent is not None and one.parent.layer is not None:
+            elif one.name in without and one.parent is not None and one.parent.layer is not None:
                 layer = one.parent.layer
                 seconds[layer] = seconds.get(layer, 0.0) - took
         return dict(sorted(seconds.items()))

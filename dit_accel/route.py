@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
+from dit_accel.kernels.pooled_topk import pooled_topk, share_of
 from dit_accel.kernels.topk import topk_mask
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.types import EXACT, REST, Context, Plan, TokenPlan
@@ -96,24 +97,35 @@ class PooledScore:
 
     def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan:
         rows, columns = blocked.queries.num_video, blocked.keys.num_video
-        batch, heads = blocked.q.shape[:2]
         summary = blocked.summary(*self.needs)
+        norm = summary.cov_norm if self.bias else None
+        share = share_at(*self.budget, ctx)
+        if self.select == "topk":
+            return Plan(
+                pooled_topk(
+                    blocked.query_mean(),
+                    summary.k_mean,
+                    summary.count,
+                    norm,
+                    rows=rows,
+                    columns=columns,
+                    scale=blocked.scale,
+                    density=share,
+                )
+            )
+        batch, heads = blocked.q.shape[:2]
         query = blocked.query_mean()[:, :, :rows] * blocked.scale
         key = summary.k_mean[:, :, :columns]
         count = summary.count[..., :columns].expand(batch, heads, columns)
-        shift = torch.zeros((), dtype=key.dtype, device=key.device).expand(count.shape)
-        if self.bias:
-            assert summary.cov_norm is not None
-            shift = (summary.cov_norm[:, :, :columns] + 1e-5).log()
-        shift = shift.masked_fill(count == 0, -torch.inf)
-
+        shift = count.to(key.dtype).log()
+        if norm is not None:
+            shift = shift + (norm[:, :, :columns] + 1e-5).log()
         code = torch.full(
             (batch, heads, blocked.queries.num_blocks, blocked.keys.num_blocks),
             EXACT,
             dtype=torch.int8,
             device=key.device,
         )
-        share = share_at(*self.budget, ctx)
         if rows and columns:
             # a few heads at a time: the scores of all would be as large as a tensor of tokens
             step = max(1, _CHUNK_BYTES // (batch * rows * columns * key.itemsize))
@@ -121,15 +133,9 @@ class PooledScore:
                 some = slice(h, h + step)
                 score = query[:, some] @ key[:, some].mT
                 score += shift[:, some].unsqueeze(-2)
-                chosen = self._choose(score, count[:, some], share)
+                chosen = choose_topp(score, share)
                 code[:, some, :rows, :columns] = torch.where(chosen, EXACT, REST).to(torch.int8)
         return Plan(code)
-
-    def _choose(self, score: Tensor, count: Tensor, share: float) -> Tensor:
-        """bool ``[B, h, Nq, Nk]`` for scores of that shape and counts ``[B, h, Nk]``."""
-        if self.select == "topk":
-            return choose_topk(score, (count > 0).sum(-1), share)
-        return choose_topp(score + count.to(score.dtype).log().unsqueeze(-2), share)
 
 
 def choose_topk(score: Tensor, available: Tensor, density: float) -> Tensor:
@@ -143,8 +149,7 @@ def choose_topk(score: Tensor, available: Tensor, density: float) -> Tensor:
     Returns:
         bool, as ``score``. A row with nothing available stays empty.
     """
-    wanted = (available.double() * density).floor().clamp(min=1).long()
-    return topk_mask(score, wanted)
+    return topk_mask(score, share_of(available, density))
 
 
 def choose_topp(logit: Tensor, p: float) -> Tensor:

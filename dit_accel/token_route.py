@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
+from dit_accel.kernels.packed import remembered
 from dit_accel.kernels.token_select import token_select
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.types import Context, TokenPlan
@@ -68,11 +69,15 @@ class Gate:
             shape = (*blocked.q.shape[:3], blocks.num_blocks)
             return TokenPlan(torch.ones(shape, dtype=torch.bool, device=blocked.q.device))
         summary = blocked.summary()
+
+        def own() -> Tensor:
+            return block_of(blocks.perm, blocks.offsets)
+
         return TokenPlan(
             token_select(
                 blocked.q,
                 summary.k_mean,
-                block_of(blocks.perm, blocks.offsets),
+                remembered(blocks.perm, blocks.offsets, "block_of", own),
                 summary.count > 0,
                 num_video=columns,
                 text_span=blocked.geometry.text_span,

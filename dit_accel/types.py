@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import InputError
+from dit_accel.kernels.packed import remembered
 from dit_accel.state import State
 
 DROP: Final = 0
@@ -125,7 +126,9 @@ class Blocks:
     @property
     def sizes(self) -> Tensor:
         """int32 ``[B|1, H|1, N]``: tokens in each block, padding included."""
-        return self.offsets.diff(dim=-1)
+        return remembered(
+            self.perm, self.offsets, "sizes", lambda: self.offsets.diff(dim=-1).contiguous()
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dit_accel.attend import attend, direct
 from dit_accel.eval.calls import Call
+from dit_accel.kernels.rectangles import gather_blocks, rectangles
 from dit_accel.layout import Blocked
 from dit_accel.method import Method, Trace
 from dit_accel.rest import Moment, Taylor
@@ -235,24 +236,24 @@ def selected_share(blocked: Blocked, plan: Plan) -> float:
     ``C_j = Σ_n (k_n − k̄_j) v_nᵀ``, as in PISA (arXiv 2602.01077).
     """
     keys, rows = blocked.keys, blocked.queries.num_video
-    batch, heads, _, depth = blocked.k.shape
-    mean = blocked.summary().k_mean
+    batch, heads = blocked.k.shape[:2]
+    summary = blocked.summary()
+    valid = blocked.geometry.key_valid
+    columns = rectangles(keys.perm, keys.offsets, valid)
     code = plan.code.expand(batch, heads, -1, -1)[:, :, :rows, : keys.num_video]
     shares = []
-    for b in range(batch):
-        for h in range(heads):
-            pick = (b if keys.perm.shape[0] > 1 else 0, h if keys.perm.shape[1] > 1 else 0)
-            bounds = keys.offsets[pick].tolist()
-            blocks = mean.new_zeros(keys.num_video, depth * depth)
-            for j in range(keys.num_video):
-                tokens = keys.perm[pick][bounds[j] : bounds[j + 1]]
-                if blocked.geometry.key_valid is not None:
-                    tokens = tokens[blocked.geometry.key_valid[b][tokens]]
-                spread = blocked.k[b, h, tokens].to(mean.dtype) - mean[b, h, j]
-                blocks[j] = (spread.mT @ blocked.v[b, h, tokens].to(mean.dtype)).flatten()
-            whole = blocks.sum(0).norm().clamp(min=1e-30)
-            exact = (code[b, h] == EXACT).to(mean.dtype)
-            shares.append(((exact @ blocks).norm(dim=-1) / whole).mean())
+    for h in range(heads):
+        this = slice(h, h + 1)
+        # [B, Nk, m, D] of one head; what is not kept is zero in the values
+        k, v = (
+            gather_blocks(x, columns, this, summary.k_mean.dtype)[:, 0]
+            for x in (blocked.k, blocked.v)
+        )
+        spread = k - summary.k_mean[:, h].unsqueeze(2)
+        blocks = (spread.mT @ v)[:, : keys.num_video].flatten(2)  # [B, Nk, D * D]
+        whole = blocks.sum(1).norm(dim=-1).clamp(min=1e-30)
+        exact = (code[:, h] == EXACT).to(blocks.dtype)
+        shares.append(((exact @ blocks).norm(dim=-1) / whole.unsqueeze(1)).mean())
     return float(torch.stack(shares).mean())
 
 

@@ -3,8 +3,10 @@
 The output of a query is a sum of contributions, one a key block: ``c_nj = Σ_m p_nm v_m`` for the
 true attention ``p``. A method puts ``ĉ_nj`` in its place: the same sum under its own normaliser for
 an exact pair, one weight times a mean value for a block left to its rest, a few for a pooled one,
-nothing for a dropped one. The error that a pair leaves is ``‖ĉ_nj − c_nj‖``, root mean square over
-the block's queries, over that of the whole output.
+nothing for a dropped one. One that was kept is the sum of the step that computed it, by that step's
+queries, keys and values, at the weight that it has in the merged softmax. The error that a pair
+leaves is ``‖ĉ_nj − c_nj‖``, root mean square over the block's queries, over that of the whole
+output.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_accel.eval.calls import Call
-from dit_accel.kernels.rectangles import gather_blocks, rectangles, some_heads
+from dit_accel.kernels.rectangles import Rectangles, gather_blocks, rectangles, some_heads
 from dit_accel.method import Method, Trace
 from dit_accel.pipelines import media
 from dit_accel.rest import Drop
 from dit_accel.state import State
-from dit_accel.types import EXACT, REST, Blocks, Context, TokenPlan
+from dit_accel.types import EXACT, REST, Blocks, TokenPlan
 
 KINDS: Final = (
     "dropped",
@@ -51,8 +53,7 @@ class Maps:
     Attributes:
         candidate, layer, step, branch: which call of which method.
         kind: uint8 ``[H, Nq, Nk]``, indices into `KINDS`.
-        error: fp16 ``[H, Nq, Nk]``, the error each pair leaves; NaN where it cannot be told apart,
-            as in what was kept from a step before.
+        error: fp16 ``[H, Nq, Nk]``, the error each pair leaves.
         row: fp16 ``[H, Nq]``, relative error of each query block's output, everything included.
     """
 
@@ -78,6 +79,8 @@ def maps(
         wanted: steps to map.
     """
     state = State()
+    # by branch, the call that computed what is kept
+    refreshed: dict[str, Call] = {}
     for group in steps:
         for number, call in enumerate(group):
             ctx = replace(call.ctx, state=state)
@@ -85,23 +88,26 @@ def maps(
                 continue
             # asked before the call, which may change the answer
             settled = getattr(method.rest, "settled", None)
-            cached = settled is not None and bool(settled(ctx, call.q))
+            if settled is not None and not settled(ctx, call.q):
+                refreshed.pop(ctx.branch, None)
+            source = refreshed.get(ctx.branch)
             trace = method.trace(call.q, call.k, call.v, ctx, scale=call.scale)
+            if settled is not None and source is None and settled(ctx, call.q):
+                refreshed[ctx.branch] = call
             if number == 0 and ctx.step in wanted:
-                yield _map(candidate, method, trace, call, ctx, cached)
+                yield _map(candidate, method, trace, call, source)
 
 
-def _map(
-    candidate: str, method: Method, trace: Trace, call: Call, ctx: Context, cached: bool
-) -> Maps:
-    blocked = trace.blocked
+def _map(candidate: str, method: Method, trace: Trace, call: Call, source: Call | None) -> Maps:
+    """``source`` is the call that computed what this one keeps; ``None`` where it keeps nothing."""
+    blocked, ctx, cached = trace.blocked, call.ctx, source is not None
     heads = blocked.q.shape[1]
     kinds = _kinds(method, trace, cached)
     whole = getattr(method.rest, "computes_all", None)
     if whole is not None and not cached and trace.report.density == 1:
         kinds = torch.full_like(kinds, KINDS.index("exact"))
     errors, rows = zip(
-        *(_errors(method, trace, call, ctx, h, kinds[h]) for h in range(heads)), strict=True
+        *(_errors(method, trace, call, source, h, kinds[h]) for h in range(heads)), strict=True
     )
     return Maps(
         candidate,
@@ -154,7 +160,7 @@ def _by_block(x: Tensor, blocks: Blocks) -> Tensor:
 
 
 def _errors(
-    method: Method, trace: Trace, call: Call, ctx: Context, head: int, kind: Tensor
+    method: Method, trace: Trace, call: Call, source: Call | None, head: int, kind: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``error`` ``[Nq, Nk]`` and ``row`` ``[Nq]`` of one head."""
     blocked = trace.blocked
@@ -166,8 +172,8 @@ def _errors(
         blocked.keys.offsets[:1],
         None if valid is None else valid[:1],
     )
-    keys = gather_blocks(blocked.k[:1], columns, this, work)[0, 0]  # [Nk, m, D]
-    values = gather_blocks(blocked.v[:1], columns, this, work)[0, 0]
+    keys, values = _blocks(call, columns, this)
+    before = None if source is None else _blocks(source, columns, this)
     keep = some_heads(columns.keep, this)[0, 0]
     true = call.out[0, head]
     got = trace.partial.out[0, head].to(work)
@@ -193,7 +199,11 @@ def _errors(
         lse = trace.partial.lse[0, head, tokens].to(work)
         exact = (logits - lse[:, None]).exp() @ values
         left = exact.new_zeros(exact.shape)
-        if stand_in is not None:
+        if source is not None and before is not None:
+            old = (source.q[0, head, tokens].to(work) * blocked.scale) @ before[0].mT
+            old = old.masked_fill(~keep.unsqueeze(1), -torch.inf)
+            left = (old - lse[:, None]).exp() @ before[1]
+        elif stand_in is not None:
             left = _rest_of(stand_in, trace, query, head, lse)
         if isinstance(trace.plan, TokenPlan):
             select = trace.plan.select[0, head if trace.plan.select.shape[1] > 1 else 0, tokens]
@@ -209,8 +219,15 @@ def _errors(
                     made = torch.where((code == index).unsqueeze(-1), part, made)
         square.index_add_(0, rows, (made - truth).square().sum(-1).mT)
     error = (square / cut.diff().clamp(min=1).unsqueeze(1)).sqrt() / norm
-    error = error.cpu().masked_fill(kind == KINDS.index("cached"), torch.nan)
-    return error, (row_error / row_size.clamp(min=1e-30)).sqrt().cpu()
+    return error.cpu(), (row_error / row_size.clamp(min=1e-30)).sqrt().cpu()
+
+
+def _blocks(call: Call, columns: Rectangles, head: slice) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[Nk, m, D]`` of one head of batch element 0, zero where not valid."""
+    keys, values = (
+        gather_blocks(x[:1], columns, head, call.out.dtype)[0, 0] for x in (call.k, call.v)
+    )
+    return keys, values
 
 
 def _stand_in(method: Method) -> object | None:

@@ -372,6 +372,7 @@ def _steps_of(
         study.depth,
         study.synthetic_steps,
         seed=study.seed + number,
+        device=study.device,
     )
     return made, 1.0 if study.guidance is None else study.guidance
 

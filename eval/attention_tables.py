@@ -103,15 +103,7 @@ def sheets(summary: Summary) -> list[Sheet]:
             [row for row in summary.rows if row.generation is not None],
         ),
     ]
-    made = [
-        Sheet(
-            title,
-            ("", *(column.head for column in columns)),
-            tuple((row.name, *(column.cell(row) for column in columns)) for row in rows),
-        )
-        for title, columns, rows in parts
-        if rows
-    ]
+    made = [_sheet(title, columns, rows) for title, columns, rows in parts if rows]
     if summary.candidates >= 3:
         lines = tuple((k, "" if v is None else f"{v:.2f}") for k, v in summary.ranks.items())
         title = f"Is the order kept? Over {summary.candidates} candidates"
@@ -129,6 +121,13 @@ def sheets(summary: Summary) -> list[Sheet]:
             )
         )
     return made
+
+
+def _sheet(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Sheet:
+    """Of the columns that any row has something in."""
+    shown = [column for column in columns if any(column.cell(row) for row in rows)]
+    lines = tuple((row.name, *(column.cell(row) for column in shown)) for row in rows)
+    return Sheet(title, ("", *(column.head for column in shown)), lines)
 
 
 def render(summary: Summary) -> list[Table]:

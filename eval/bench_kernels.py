@@ -7,7 +7,8 @@
 Every operation is checked first, in the dtype that is timed, and one that is wrong is not timed.
 TFLOP/s and GB/s count what the operation cannot do without (`kernel_cases.Case`), and stand beside
 those of a matrix product and of a copy in the same run. Times are medians over calls with a cold
-L2 cache.
+L2 cache: ``ms`` as called from Python, and ``device`` the same work replayed from a CUDA graph,
+which is what is left where the host runs ahead, as it does in a large model.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from typing import Any
 
 import torch
 
-from dit_accel.eval.kernel_cases import CASES, SHAPES, Case, Shape, inputs
+from dit_accel.eval.kernel_cases import CASES, SHAPES, STRENGTHS, Case, Shape, inputs
 from dit_accel.eval.kernel_checks import CHECKS
+from dit_accel.eval.memory_cases import MEMORY_CASES, MEMORY_CHECKS
 from dit_accel.eval.method_cases import check_methods, method_cases
 from dit_accel.eval.peak_memory import cuda_peak
 from dit_accel.eval.records import dumps, signed
 from dit_accel.eval.text_table import aligned
 
-ALL_CASES = {**CASES, "methods": method_cases}
-ALL_CHECKS = {**CHECKS, "methods": check_methods}
+ALL_CASES = {**CASES, **MEMORY_CASES, "methods": method_cases}
+ALL_CHECKS = {**CHECKS, **MEMORY_CHECKS, "methods": check_methods}
 """Operations, and whole calls of methods."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -48,6 +50,34 @@ def milliseconds(call: Callable[[], Any], device: str, budget_ms: float) -> floa
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=budget_ms / 4, rep=budget_ms, return_mode="median"))
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """The work of a call as a CUDA graph, to be replayed with the inputs where they are.
+
+    Raises:
+        RuntimeError: it does what no graph can hold, such as waiting for the device.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """How many kernels, copies and fills a call has the device run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as told:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in told.key_averages() if event.self_device_time_total > 0)
 
 
 def waits(call: Callable[[], Any]) -> str | None:
@@ -85,42 +115,60 @@ def measure(case: Case, device: str, budget_ms: float) -> dict[str, Any]:
     case.call()  # compiled, and its buffers known to the allocator
     stops = None if device == "cpu" else waits(case.call)
     took = milliseconds(case.call, device, budget_ms)
+    alone = runs = None
+    note = case.note
+    if device != "cpu":
+        runs = launches(case.call)
+        try:
+            alone = milliseconds(captured(case.call), device, budget_ms)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            reason = str(error).splitlines()[0]
+            note = "; ".join(filter(None, (note, f"no graph: {reason}")))
     return {
         "case": case.name,
         "ms": took,
+        "device_ms": alone,
+        "launches": runs,
         "tflops": case.flops / took / 1e9,
         "gbs": case.bytes / took / 1e6,
         "peak_mib": None if device == "cpu" else cuda_peak(case.call) / 2**20,
         "waits": stops,
-        "note": case.note,
+        "note": note,
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as text, columns aligned."""
-    numbers = ("ms", "dense / ms", "TFLOP/s", "GB/s", "MiB")
+    numbers = ("ms", "dense / ms", "device", "dense / device", "launches", "TFLOP/s", "GB/s", "MiB")
     head = ("operation", "shape", "case", *numbers, "host waits", "note")
     lines = [head]
     for row in rows:
         if "error" in row:
-            lines.append((row["op"], row["shape"], row.get("case", ""), *[""] * 6, row["error"]))
+            lines.append((row["op"], row["shape"], row.get("case", ""), *[""] * 9, row["error"]))
             continue
-        memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+
+        def shown(name: str, form: str, row: dict[str, Any] = row) -> str:
+            return "" if row.get(name) is None else format(row[name], form)
+
         lines.append(
             (
                 row["op"],
                 row["shape"],
                 row["case"],
-                f"{row['ms']:.3f}",
-                f"{row['speedup']:.2f}" if "speedup" in row else "",
-                f"{row['tflops']:.0f}",
-                f"{row['gbs']:.0f}",
-                memory,
+                shown("ms", ".3f"),
+                shown("speedup", ".2f"),
+                shown("device_ms", ".3f"),
+                shown("device_speedup", ".2f"),
+                shown("launches", "d"),
+                shown("tflops", ".0f"),
+                shown("gbs", ".0f"),
+                shown("peak_mib", ".0f"),
                 row["waits"] or "no",
                 row["note"],
             )
         )
-    return aligned(lines, right=range(3, 8))
+    return aligned(lines, right=range(3, 11))
 
 
 def run(
@@ -129,6 +177,7 @@ def run(
     *,
     dtype: str = "bfloat16",
     device: str = "cuda",
+    strength: str = "sharp",
     budget_ms: float = 200.0,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -139,10 +188,16 @@ def run(
         shapes: names of `SHAPES`.
         dtype: one of `DTYPES`.
         device: ``"cuda"``, or ``"cpu"`` for what runs there.
+        strength: of the inputs' attention, one of `STRENGTHS`.
         budget_ms: of calls, for each row.
         say: told every row when it is there.
     """
-    found: dict[str, Any] = {"dtype": dtype, "device": device, "rows": []}
+    found: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "strength": strength,
+        "rows": [],
+    }
     if device == "cuda":
         found["device"] = torch.cuda.get_device_name()
         found["ceilings"] = ceilings(budget_ms)
@@ -160,7 +215,7 @@ def run(
                 say(f"{op}, D={depth}: {wrong[op, depth]}\n{traceback.format_exc()}")
     for name in shapes:
         shape: Shape = SHAPES[name]
-        parts = inputs(shape, DTYPES[dtype], device)
+        parts = inputs(shape, DTYPES[dtype], device, strength=strength)
         for op in operations:
             where = {"op": op, "shape": name}
             if (op, shape.head_dim) in wrong:
@@ -186,10 +241,11 @@ def run(
 
 def _compare(rows: Sequence[dict[str, Any]]) -> None:
     """Set beside every method how many times faster it is than the fastest dense of the shape."""
-    dense = [row["ms"] for row in rows if row["op"] == "dense" and "ms" in row]
-    for row in rows:
-        if dense and row["op"] == "methods" and "ms" in row:
-            row["speedup"] = min(dense) / row["ms"]
+    for name, ratio in (("ms", "speedup"), ("device_ms", "device_speedup")):
+        dense = [row[name] for row in rows if row["op"] == "dense" and row.get(name)]
+        for row in rows:
+            if dense and row["op"] == "methods" and row.get(name):
+                row[ratio] = min(dense) / row[name]
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -198,6 +254,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", default="wan14b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument(
+        "--inputs", default="sharp", choices=STRENGTHS, help="how concentrated attention is"
+    )
     parser.add_argument("--budget-ms", type=float, default=200.0, help="of calls, for each row")
     parser.add_argument("--out", type=Path, help="write the rows there, as JSON")
     given = parser.parse_args(words)
@@ -213,6 +272,7 @@ def main(words: Sequence[str] | None = None) -> int:
             given.shapes.split(","),
             dtype=given.dtype,
             device=given.device,
+            strength=given.inputs,
             budget_ms=given.budget_ms,
             say=lambda text: print(text, flush=True),
         )

@@ -1,15 +1,16 @@
-"""Queries, keys and values of a real generation, on disk.
+"""Queries, keys and values of a real generation, in memory or on disk.
 
-A generation runs densely, and the attention calls that were chosen are written as they come, one
-safetensors file each, with the dense output beside them: the reference of everything measured on
-them later.
+A generation runs densely, and the attention calls that were chosen are taken as they come, with the
+dense output beside them: the reference of everything measured on them later. On disk each is a
+safetensors file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from dit_accel.partial import accumulate_dtype
 from dit_accel.pipelines import accelerate, media, restore
 from dit_accel.pipelines.families import family_of, models_of
 from dit_accel.pipelines.generate import Generation, generate
-from dit_accel.pipelines.request import Request
+from dit_accel.pipelines.plug import prepare
+from dit_accel.pipelines.request import Request, effective
 from dit_accel.rest import Drop
 from dit_accel.route import Everything
 from dit_accel.types import Context, Geometry, Report
@@ -115,24 +117,115 @@ def capture(
         layers, steps: which; see `chosen_layers` and `chosen_steps`.
         on_step, on_latents: as in `dit_accel.pipelines.generate.generate`.
     """
-    layers, steps = frozenset(layers), frozenset(steps)
 
     def see(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float) -> None:
         save(solved(q, k, v, ctx, scale), folder)
 
-    tap = Tap(
-        None,
-        None,
-        None,
-        name="capture",
-        wanted=lambda ctx: ctx.layer in layers and ctx.step in steps,
-        see=see,
-    )
-    accelerate(pipe, tap)
+    wanted = _within(layers, steps)
+    return _tapped(pipe, request, wanted, see, on_step, on_latents)
+
+
+class _Enough(Exception):
+    """Everything asked for was seen."""
+
+
+def check_place(pipe: Any, request: Request, layer: int, head: int, steps: Collection[int]) -> int:
+    """How many layers there are, or an InputError as `take` raises it."""
+    attention = _attention(pipe)
+    count = len(attention)
+    if not -count <= layer < count:
+        raise InputError(f"layer: expected one of {count}, from 0, got {layer}")
+    heads = attention[layer].heads
+    if not 0 <= head < heads:
+        raise InputError(f"head: expected one of {heads}, from 0, got {head}")
+    last = effective(pipe, request).steps or 0
+    for step in steps:
+        if not 0 <= step < last:
+            raise InputError(f"step: expected one of {last}, from 0, got {step}")
+    return count
+
+
+@torch.inference_mode()
+def take(
+    pipe: Any,
+    request: Request,
+    layer: int,
+    head: int,
+    steps: Collection[int],
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[int, Call]:
+    """Generate densely as far as the last of some steps, and take one head's calls.
+
+    Args:
+        pipe: from `dit_accel.pipelines.load`.
+        request: what to generate.
+        layer: number of the self-attention layer; negative ones count from the last.
+        head: of that layer.
+        steps: denoising steps, from 0.
+        on_step: called after every step with how many are done, and of how many.
+
+    Returns:
+        By step, the first guidance branch (the prompt's own) and element of the batch: fp32
+        ``[1, 1, L, D]``.
+
+    Raises:
+        InputError: there is no such layer, head or step, or the request does not fit the model.
+    """
+    count = check_place(pipe, request, layer, head, steps)
+    found: dict[int, Call] = {}
+
+    def see(q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float) -> None:
+        if ctx.step in found:
+            return
+        valid = ctx.geometry.key_valid
+        where = replace(ctx.geometry, key_valid=None if valid is None else valid[:1].clone())
+        q1, k1, v1 = (x[:1, head : head + 1].to(torch.float32, copy=True) for x in (q, k, v))
+        found[ctx.step] = solved(q1, k1, v1, replace(ctx, geometry=where), scale)
+
+    def after(done: int, total: int) -> None:
+        if on_step is not None:
+            on_step(done, total)
+        if len(found) == len(frozenset(steps)):
+            raise _Enough
+
+    with contextlib.suppress(_Enough):
+        _tapped(pipe, request, _within({layer % count}, steps), see, after)
+    return found
+
+
+def _within(layers: Iterable[int], steps: Iterable[int]) -> Callable[[Context], bool]:
+    layers, steps = frozenset(layers), frozenset(steps)
+    return lambda ctx: ctx.layer in layers and ctx.step in steps
+
+
+def _tapped(
+    pipe: Any,
+    request: Request,
+    wanted: Callable[[Context], bool],
+    see: Callable[[Tensor, Tensor, Tensor, Context, float], None],
+    on_step: Callable[[int, int], None] | None = None,
+    on_latents: Callable[[int, Tensor], Tensor | None] | None = None,
+) -> Generation:
+    """Generate densely and be shown calls; the pipeline is left with its own processors."""
+    accelerate(pipe, Tap(None, None, None, name="capture", wanted=wanted, see=see))
     try:
         return generate(pipe, request, on_step, on_latents=on_latents)
     finally:
         restore(pipe)
+        prepare(pipe)
+
+
+def _attention(pipe: Any) -> list[Any]:
+    """The self-attention modules of a pipeline's first transformer.
+
+    Raises:
+        InputError: the family is not supported.
+    """
+    model = next(iter(models_of(pipe).values()))
+    family = family_of(model)
+    if family is None:
+        raise InputError(f"capture: expected a supported pipeline, got a {type(pipe).__name__}")
+    return list(family.self_attention(model))
 
 
 def num_layers(pipe: Any) -> int:
@@ -141,10 +234,7 @@ def num_layers(pipe: Any) -> int:
     Raises:
         InputError: the family is not supported.
     """
-    model = next(iter(models_of(pipe).values()))
-    family = family_of(model)
-    assert family is not None
-    return len(family.self_attention(model))
+    return len(_attention(pipe))
 
 
 def chosen_layers(text: str, count: int) -> tuple[int, ...]:

@@ -59,6 +59,7 @@ def synthetic(
     noise: float = 0.3,
     sharpness: float = 1.3,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Iterator[list[Call]]:
     """Calls of one layer, step by step, the two guidance branches of a step together.
 
@@ -72,7 +73,8 @@ def synthetic(
         alike: share of a key's amplitude that is the query's own field.
         noise: white noise beside the fields, as a share of their amplitude.
         sharpness: root mean square of queries and keys; logits grow with its square.
-        seed: of everything.
+        seed: of everything; drawn on the host, so that every device has the same.
+        device: that the calls lie on.
 
     Raises:
         InputError: an argument does not fit.
@@ -107,7 +109,8 @@ def synthetic(
             ctx = Context(
                 Geometry(grid), step=step, num_steps=steps, layer=0, num_layers=1, branch=branch
             )
-            calls.append(solved(embed(shared), embed(key), value, ctx))
+            q, k, v = (x.to(device) for x in (embed(shared), embed(key), value))
+            calls.append(solved(q, k, v, ctx))
         yield calls
 
 

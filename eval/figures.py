@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-Group = Literal["fidelity", "distribution", "vbench", "semantic", "speed"]
+Group = Literal["fidelity", "distribution", "vbench", "semantic", "speed", "seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +168,12 @@ MEASURES: Final = {
             "attention_speedup", "attention speed-up", "×", _HIGHER, "speed",
             "time in self-attention of dense over that of the variant, projections excluded",
         ),
-        Measure("seconds", "time", "s", _LOWER, "speed", "of the pipeline's call, median"),
+        Measure("seconds", "time", "s", _LOWER, "seconds", "of the pipeline's call, median"),
         Measure("step_seconds", "time per step", "s", _LOWER, "speed", "median over all steps"),
-        Measure("denoise_seconds", "denoising", "s", _LOWER, "speed", "all steps, median"),
-        Measure("decode_seconds", "decoding", "s", _LOWER, "speed", "median"),
+        Measure("denoise_seconds", "denoising", "s", _LOWER, "seconds", "all steps, median"),
+        Measure("decode_seconds", "decoding", "s", _LOWER, "seconds", "median"),
         Measure(
-            "attention_seconds", "attention", "s", _LOWER, "speed",
+            "attention_seconds", "attention", "s", _LOWER, "seconds",
             "self-attention of all layers and steps, projections excluded, median",
         ),
         Measure("peak_memory", "peak memory", "MiB", _LOWER, "speed", "weights included, largest"),

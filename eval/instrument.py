@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from dit_accel.errors import InputError
 from dit_accel.eval.peak_memory import status
 from dit_accel.eval.samples import Flops
+from dit_accel.pipelines.dense_choice import choice_of, head_dim_of
 from dit_accel.pipelines.families import family_of, models_of
 from dit_accel.pipelines.plug import session_of
 from dit_accel.pipelines.session import MethodProcessor, binding_of
@@ -48,12 +49,13 @@ def listening(pipe: Any) -> Iterator[Recorder]:
     """Record one generation of a prepared pipeline.
 
     Afterwards ``parts()`` of the recorder are seconds of the transformers' forwards by part, and
-    ``layers("linear")`` seconds of self-attention by layer, projections excluded.
+    ``layers("linear", operations.SPAN)`` seconds of self-attention by layer, projections excluded.
     """
     with contextlib.ExitStack() as hooks, recording(pipe._execution_device) as recorder:
 
         def around(module: nn.Module, begin: Callable[..., None], end: Callable[..., None]) -> None:
-            hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+            before = module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+            hooks.callback(before.remove)
             hooks.callback(module.register_forward_hook(end).remove)
 
         def opens(name: str, layer: int | None = None) -> Callable[..., None]:
@@ -79,10 +81,10 @@ def _watch_attention(
 ) -> None:
     modes: list[DenseSpans] = []
 
-    def begin(*_: Any) -> None:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder.begin("other", layer)
         # the mode sees every function of torch, which a sparse method calls by the thousand
-        if is_dense(attn):
+        if is_dense(attn, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]):
             modes.append(DenseSpans(recorder))
             modes[-1].__enter__()
 
@@ -94,11 +96,14 @@ def _watch_attention(
     around(attn, begin, end)
 
 
-def is_dense(attn: Any) -> bool:
+def is_dense(attn: Any, tokens: torch.Tensor) -> bool:
     processor = attn.processor
     if not isinstance(processor, MethodProcessor):
         return True
-    return processor.method.is_dense(binding_of(attn).context())
+    ctx, depth = binding_of(attn).context(), head_dim_of(attn, tokens)
+    if processor.method.is_dense(ctx):
+        return True
+    return choice_of(processor, ctx, tokens, attn.heads, depth) is not None
 
 
 # -- operations -----------------------------------------------------------------------------------
@@ -189,13 +194,17 @@ def forwards(pipe: Any) -> Iterator[dict[str, int]]:
         yield counts
 
 
-def flops_of(pipe: Any, other: dict[str, float], counts: dict[str, int]) -> Flops:
+def flops_of(
+    pipe: Any, other: dict[str, float], counts: dict[str, int], beside: dict[str, float]
+) -> Flops:
     """Operations of the latest generation.
 
     Args:
         pipe: whose session knows the pairs that were computed.
         other: of one forward of every transformer, from `counting`.
         counts: of forwards, from `forwards`.
+        beside: what the method computed beside its exact pairs, from
+            `dit_accel.eval.operations.Tally`.
 
     Raises:
         InputError: a transformer ran whose operations were not counted.
@@ -209,7 +218,8 @@ def flops_of(pipe: Any, other: dict[str, float], counts: dict[str, int]) -> Flop
         # two products, each a multiplication and an addition for every channel
         attention += 4.0 * sizes[record.model] * float(record.exact)
         dense += 4.0 * sizes[record.model] * float(record.every)
-    return Flops(attention, dense, sum(other.get(name, 0) * n for name, n in counts.items()))
+    around = sum(other.get(name, 0) * n for name, n in counts.items())
+    return Flops(attention, dense, around, **beside)
 
 
 # -- memory ---------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.cluster import KMeans
 from dit_accel.error_route import ErrorAware
 from dit_accel.kernels.block_importance import block_importance
+from dit_accel.kernels.dense_attention import dense_attention, why_not
 from dit_accel.kernels.error_probe import error_probe
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.order import label_order
@@ -79,8 +79,13 @@ class Case:
     note: str = ""
 
 
+STRENGTHS = {"sharp": 1.6, "broad": 0.8}
+"""Amplitudes of queries and keys, by name: logits go with their square. Where sharp, most of a
+query's attention falls on a hundredth of the keys or less; where broad, on a tenth or more."""
+
+
 def inputs(
-    shape: Shape, dtype: torch.dtype, device: str, seed: int = 0
+    shape: Shape, dtype: torch.dtype, device: str, seed: int = 0, strength: str = "sharp"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[1, H, L, D]``: waves over the grid and noise, by head.
 
@@ -101,7 +106,8 @@ def inputs(
     for h in range(shape.heads):
         waves, phases = 3 * noise(3, shape.head_dim), 6.28 * noise(1, shape.head_dim)
         others = 3 * noise(3, shape.head_dim)
-        for x, size, some in zip(made, (1.6, 1.6, 1.0), (waves, waves, others), strict=True):
+        sizes = (STRENGTHS[strength], STRENGTHS[strength], 1.0)
+        for x, size, some in zip(made, sizes, (waves, waves, others), strict=True):
             field = (place @ some + phases).sin_() + 0.3 * noise(place.shape[0], shape.head_dim)
             x[0, h, : place.shape[0]] = size * field
             x[0, h, place.shape[0] :] = noise(shape.text, shape.head_dim)
@@ -118,24 +124,20 @@ def _blocked(shape: Shape, layout: Layout, parts: tuple[Tensor, ...], layer: int
 
 
 def dense_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
-    """Dense attention by each of torch's backends."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    """Dense attention by torch's backends, and by FlashAttention-3 where it is installed."""
     q, k, v = parts
     flops = 4 * shape.head_dim * shape.heads * shape.tokens**2
-
-    def forced(backend: Any) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        return call
-
     for name, backend in (
-        ("cuDNN", SDPBackend.CUDNN_ATTENTION),
-        ("FlashAttention", SDPBackend.FLASH_ATTENTION),
+        ("cuDNN", "cudnn"),
+        ("FlashAttention", "flash"),
+        ("FlashAttention-3", "flash3"),
     ):
-        yield Case(name, forced(backend), flops, _size(q, k, v, q))
+        if why_not(backend, q, k, v) is None or backend != "flash3":
+
+            def call(backend: str = backend) -> Tensor:
+                return dense_attention(q, k, v, backend=backend)
+
+            yield Case(name, call, flops, _size(q, k, v, q))
 
 
 def error_probe_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
@@ -209,10 +211,10 @@ def block_importance_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[
     blocked = _blocked(shape, Gilbert(64, 128), parts)
     route = Pyramid()
     rows, columns = blocked.queries.num_video, blocked.keys.num_video
-    q_tokens, q_bounds = route._sampled(
-        blocked.queries.perm, blocked.queries.offsets[..., : rows + 1]
+    (q_tokens, q_bounds), (k_tokens, k_bounds) = (
+        route._sampled(blocks.perm, blocks.offsets[..., : blocks.num_video + 1], blocks.longest)
+        for blocks in (blocked.queries, blocked.keys)
     )
-    k_tokens, k_bounds = route._sampled(blocked.keys.perm, blocked.keys.offsets[..., : columns + 1])
     sampled = (shape.tokens - shape.text) / 4
     flops = 2 * shape.heads * shape.head_dim * sampled**2
     least = _size(*parts[:2]) / 4 + 4 * shape.heads * rows * columns
@@ -226,6 +228,7 @@ def block_importance_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[
             k_tokens=k_tokens,
             k_bounds=k_bounds,
             scale=blocked.scale,
+            k_longest=16,
         )
 
     yield Case(f"{rows} x {columns}", call, flops, least)

@@ -11,8 +11,17 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dit_accel import presets
 from dit_accel.errors import InputError
-from dit_accel.eval import instrument
-from dit_accel.eval.samples import Density, Flops, Key, Sample, Seconds, Settings, Variant
+from dit_accel.eval import instrument, operations
+from dit_accel.eval.samples import (
+    PARTS,
+    Density,
+    Flops,
+    Key,
+    Sample,
+    Seconds,
+    Settings,
+    Variant,
+)
 from dit_accel.eval.store import Store, stack_steps
 from dit_accel.eval.variants import fingerprint
 from dit_accel.pipelines import accelerate, load
@@ -27,13 +36,15 @@ class Bench:
     Args:
         pipe: from `dit_accel.pipelines.load`.
         settings: of the run.
+        sharing: processes that use the same device, this one included.
     """
 
-    def __init__(self, pipe: Any, settings: Settings) -> None:
-        self._pipe, self._settings = pipe, settings
+    def __init__(self, pipe: Any, settings: Settings, sharing: int = 1) -> None:
+        self._pipe, self._settings, self._sharing = pipe, settings, sharing
         self._warm: set[str] = set()
         self._other: dict[str, float] | None = None
         self._why: str | None = None
+        self._tally = operations.Tally()
 
     def make(
         self, store: Store, key: Key, on_step: Callable[[int, int], None] | None = None
@@ -59,6 +70,7 @@ class Bench:
         absent: dict[str, str] = {}
         peak = instrument.Peak(pipe._execution_device)
         peak.start()
+        self._tally.clear()
         with instrument.listening(pipe) as recorder, instrument.forwards(pipe) as counts:
             made = generate(pipe, request, on_step, keep_latents=settings.latents)
         try:
@@ -66,10 +78,10 @@ class Bench:
         except OSError as error:
             peak_bytes, absent["peak_bytes"] = None, str(error)
         flops: Flops | None = None
-        if self._other is None:
-            absent["flops"] = self._why or "not counted"
+        if self._other is None or self._tally.unknown is not None:
+            absent["flops"] = self._why or self._tally.unknown or "not counted"
         else:
-            flops = instrument.flops_of(pipe, self._other, counts)
+            flops = instrument.flops_of(pipe, self._other, counts, self._tally.total())
         assert made.density is not None
         sample = Sample(
             variant=variant.slug,
@@ -82,18 +94,20 @@ class Bench:
             shape=(0, 0, 0, 0),
             seconds=Seconds(made.seconds, made.step_seconds, made.decode_seconds),
             density=Density(made.density, made.by_step, made.by_layer, made.by_cell),
-            attention_seconds=recorder.layers("linear"),
-            breakdown=recorder.parts(),
+            attention_seconds=recorder.layers("linear", operations.SPAN),
+            breakdown={part: took for part, took in recorder.parts().items() if part in PARTS},
             peak_bytes=peak_bytes,
             flops=flops,
             absent=absent,
             device=self._device(),
+            sharing=self._sharing,
         )
         store.put(sample, made.frames, made.latents, settings.fps, stack_steps(made.step_latents))
         return store.sample(key)
 
     def _choose(self, variant: Variant) -> None:
-        accelerate(self._pipe, presets.build(variant.method, **variant.given))
+        method = presets.build(variant.method, **variant.given)
+        accelerate(self._pipe, operations.counted(method, self._tally))
         use_backend(models_of(self._pipe).values(), variant.backend)
 
     def _count(self) -> None:

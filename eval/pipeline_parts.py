@@ -45,7 +45,8 @@ def divided(model: Any, device: torch.device | str) -> Iterator[Recorder]:
     with contextlib.ExitStack() as hooks, recording(device) as recorder:
 
         def around(module: nn.Module, begin: Callable[..., None], end: Callable[..., None]) -> None:
-            hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+            before = module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+            hooks.callback(before.remove)
             hooks.callback(module.register_forward_hook(end).remove)
 
         def span(module: nn.Module, name: str) -> None:
@@ -71,9 +72,10 @@ def _is_norm(module: nn.Module) -> bool:
 def _watch(attn: Any, recorder: Recorder, around: Callable[..., None], own: set[int]) -> None:
     modes: list[DenseSpans] = []
 
-    def begin(*_: Any) -> None:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder.begin("between")
-        if id(attn) not in own or is_dense(attn):
+        tokens = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if id(attn) not in own or is_dense(attn, tokens):
             modes.append(DenseSpans(recorder))
             modes[-1].__enter__()
 

@@ -15,15 +15,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dit_accel.errors import InputError
-from dit_accel.eval.capture import Captured
+from dit_accel.eval.calls import Call
 from dit_accel.flashblock import KeptRest
-from dit_accel.kernels.dense_attention import dense_attention
-from dit_accel.layout import Blocked, Gilbert, Layout, Statistic
+from dit_accel.layout import Blocked, Gilbert, Layout
 from dit_accel.method import Method
-from dit_accel.rest import Drop, Rest
-from dit_accel.route import Route
+from dit_accel.pyramid import pooled_pairs
+from dit_accel.rest import Drop
 from dit_accel.state import State
-from dit_accel.types import EXACT, REST, Blocks, Context, Plan, TokenPlan
+from dit_accel.types import EXACT, REST, Blocks, Plan, TokenPlan
 
 PIXELS: Final = 576
 """Height and width of a panel's map."""
@@ -65,29 +64,12 @@ class Panel:
     error: float
 
 
-class _Seen:
-    """A route that keeps what it was given and what it answered."""
-
-    def __init__(self, inner: Route) -> None:
-        self.inner = inner
-        self.blocked: Blocked | None = None
-        self.plan: Plan | TokenPlan | None = None
-
-    @property
-    def needs(self) -> tuple[Statistic, ...]:
-        return self.inner.needs
-
-    def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan | TokenPlan:
-        self.blocked, self.plan = blocked, self.inner(blocked, rest, ctx)
-        return self.plan
-
-
-def panels(methods: Mapping[str, Method], captured: Mapping[int, Captured]) -> list[Panel]:
+def panels(methods: Mapping[str, Method], captured: Mapping[int, Call]) -> list[Panel]:
     """Run methods over the captured steps, in order, and map the last one.
 
     Args:
         methods: by the name to show.
-        captured: by denoising step, from `dit_accel.eval.capture.capture`; methods with memory see
+        captured: by denoising step, from `dit_accel.eval.calls.take`; methods with memory see
             all of them.
 
     Raises:
@@ -96,17 +78,16 @@ def panels(methods: Mapping[str, Method], captured: Mapping[int, Captured]) -> l
     steps = sorted(captured)
     found = []
     for name, method in methods.items():
-        if method.route is None or method.is_dense(captured[steps[-1]].ctx):
+        if method.wants_all(captured[steps[-1]].ctx):
             raise InputError(f"plan: expected a method that is sparse at step {steps[-1]}: {name}")
-        state, seen = State(), _Seen(method.route)
-        spied = replace(method, route=seen)
+        state = State()
         for step in steps:
             call = captured[step]
-            out, report = spied(call.q, call.k, call.v, replace(call.ctx, state=state))
-        dense = dense_attention(call.q, call.k, call.v, key_valid=call.ctx.geometry.key_valid)
-        error = float((out - dense).norm() / dense.norm())
-        assert seen.blocked is not None
-        assert seen.plan is not None
+            ctx = replace(call.ctx, state=state)
+            if method.wants_all(ctx):
+                continue
+            trace = method.trace(call.q, call.k, call.v, ctx, scale=call.scale)
+        error = float((trace.partial.out - call.out).norm() / call.out.norm())
         assert method.layout is not None
         keeps = isinstance(method.rest, KeptRest) and method.rest.cycle.applies(call.ctx)
         absent = isinstance(method.rest, Drop)
@@ -114,10 +95,10 @@ def panels(methods: Mapping[str, Method], captured: Mapping[int, Captured]) -> l
         found.append(
             Panel(
                 name,
-                _in_words(method.layout, seen.blocked, seen.plan),
-                _kinds(seen.blocked, seen.plan, rest, keeps),
-                report.density,
-                _pooled(seen.blocked, seen.plan),
+                _in_words(method.layout, trace.blocked, trace.plan),
+                _kinds(trace.blocked, trace.plan, rest, keeps),
+                trace.report.density,
+                _pooled(trace.blocked, trace.plan),
                 error,
             )
         )
@@ -156,16 +137,11 @@ def _kinds(blocked: Blocked, plan: Plan | TokenPlan, rest: int, keeps: bool) -> 
 def _pooled(blocked: Blocked, plan: Plan | TokenPlan) -> float:
     if isinstance(plan, TokenPlan):
         return 0.0
-    count = blocked.summary().count[0, 0]
-    sizes = blocked.queries.sizes[0, 0].double()
-    read = sum(
-        float(sizes @ (plan.code[0, 0] == level).double() @ (-(-count // level)).double())
-        for level in _LEVELS
-    )
-    return read / (blocked.q.shape[2] * int(count.sum()))
+    every = blocked.q.shape[2] * int(blocked.summary().count[0, 0].sum())
+    return int(pooled_pairs(blocked, plan)[0, 0]) / every
 
 
-def attention_map(captured: Captured, layout: Layout | None = None) -> Tensor:
+def attention_map(captured: Call, layout: Layout | None = None) -> Tensor:
     """How much attention falls on each pixel: shares of a query over what an even one would give.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,20 +30,28 @@ Progress = Callable[[float, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """Which of several processes this is: number, of how many, and its number on this machine."""
+    """Which of several processes this is.
+
+    Attributes:
+        number, count: its number, and of how many.
+        local, local_count: the same on this machine.
+    """
 
     number: int = 0
     count: int = 1
     local: int = 0
+    local_count: int = 1
+
+    def sharing(self, device: str) -> int:
+        """How many processes use one device of a kind: all the CPU, and GPUs evenly."""
+        gpus = torch.cuda.device_count() if device == "cuda" else 1
+        return -(-self.local_count // max(1, gpus))
 
 
 def rank_of_environment() -> Rank:
     """As ``torchrun`` and ``accelerate launch`` say."""
-    number, count, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-    )
-    return Rank(number, count, local)
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return Rank(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
 def settle(device: str) -> None:
@@ -99,7 +108,7 @@ def work(
 
     What fails is noted, and the others are made all the same.
     """
-    bench = Bench(pipe, settings)
+    bench = Bench(pipe, settings, rank.sharing(settings.device))
     mine = share(settings, rank)
     there = store.finished()
     done = sum(key in there for key in mine)
@@ -175,12 +184,21 @@ def _tell(store: Store, keys: set[Key], progress: Progress | None) -> None:
 
 
 def _worker(root: str, number: int, count: int, gpus: int, threads: int) -> None:
+    threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
     store = Store(root)
     settings = store.run().settings
     device = f"cuda:{number % gpus}" if gpus else settings.device
     settle(device)
-    work(store, settings, load_for(settings, device), Rank(number, count, number))
+    work(store, settings, load_for(settings, device), Rank(number, count, number, count))
+
+
+def _follow_parent() -> None:
+    """End with the process that started this one: killed outright, it ends nobody itself."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class Group:

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from dit_accel.errors import InputError
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """Version of the format; a reader refuses another one."""
 DENSE: Final = "dense"
 """Slug of the variant that everything is compared with."""
@@ -190,16 +190,21 @@ class Flops:
         attention: 4 · head size · pairs computed exactly, from the measured density.
         dense_attention: the same for all pairs.
         other: all but self-attention's products: linear layers, cross-attention, convolutions.
+        layout, route, rest: of a sparse method beside its exact pairs; see
+            `dit_accel.eval.operations`.
     """
 
     attention: float
     dense_attention: float
     other: float
+    layout: float
+    route: float
+    rest: float
 
     @property
     def total(self) -> float:
-        """Attention as computed, and everything else."""
-        return self.attention + self.other
+        """Attention as computed, what the method adds to it, and everything else."""
+        return self.attention + self.layout + self.route + self.rest + self.other
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +226,8 @@ class Sample:
         flops: counted.
         absent: what was not measured, and why, by the attribute's name.
         device: that it ran on.
+        sharing: processes of the run that used this device at once, this one included; times of
+            more than one tell of each other.
     """
 
     variant: str
@@ -239,6 +246,7 @@ class Sample:
     flops: Flops | None
     absent: dict[str, str]
     device: str
+    sharing: int = 1
 
     @property
     def key(self) -> Key:

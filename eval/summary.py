@@ -127,7 +127,7 @@ def summarise(
         MEASURES,
         variants,
         complete=len(keys) == len(settings.every_key()),
-        notes=_remarks(settings, choices, extractor, features),
+        notes=_remarks(settings, choices, extractor, features, samples.values()),
     )
 
 
@@ -342,6 +342,7 @@ def _remarks(
     choices: Choices,
     extractor: Extractor | str,
     features: Mapping[str, Mapping[Key, Tensor]],
+    samples: Iterable[Sample],
 ) -> tuple[str, ...]:
     told = [
         "Intervals are of 95%, over prompts (seeds of one prompt are averaged first): bootstrap "
@@ -360,4 +361,10 @@ def _remarks(
             told.append(f"FID is biased here: {count} samples for {rows[0].shape[1]} features.")
     if any(variant.role == "floor" for variant in settings.variants):
         told.append("Dense by another attention backend shows what rounding alone does.")
+    sharing = max((sample.sharing for sample in samples), default=1)
+    if sharing > 1:
+        told.append(
+            f"Up to {sharing} processes shared a device: times and speed-ups are of a busy one, "
+            "peaks of memory of one process."
+        )
     return tuple(told)

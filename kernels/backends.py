@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -89,7 +89,12 @@ def interpreted() -> bool:
 
 def is_hopper(device: torch.device) -> bool:
     """Whether a device is one of compute capability 9.0."""
-    return device.type == "cuda" and _capability(device.index or 0) == (9, 0)
+    return device.type == "cuda" and capability(device) == (9, 0)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return _capability(device.index or 0)
 
 
 @lru_cache(maxsize=8)
@@ -104,6 +109,7 @@ def _too_old(index: int) -> str | None:
     return None
 
 
+@cache
 def implementation(operation: str, name: str) -> ModuleType:
     """The module of an operation's implementation, imported when it is first used."""
     return importlib.import_module(f"dit_accel.kernels.{operation}.{name}")

@@ -64,6 +64,16 @@ def compact(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> Compact:
     """
     if valid is None:
         return remembered(perm, offsets, "compact", lambda: _plain(perm, offsets))
+    if valid.is_inference():  # it may have been written to since, and nothing would tell
+        return _masked(perm, offsets, valid)
+    # every layer of a forward has the same mask
+    known: list[tuple[Any, int, Compact]] = remembered(perm, offsets, "masked", list)
+    if not known or known[0][0]() is not valid or known[0][1] != valid._version:
+        known[:] = [(weakref.ref(valid), valid._version, _masked(perm, offsets, valid))]
+    return known[0][2]
+
+
+def _masked(perm: Tensor, offsets: Tensor, valid: Tensor) -> Compact:
     batch, heads = valid.shape[0], max(perm.shape[1], offsets.shape[1])
     perm = perm.expand(batch, heads, -1)
     bounds = offsets.long().expand(batch, heads, -1)
@@ -137,31 +147,41 @@ def _cut(
 class Pooled(NamedTuple):
     """Where the means of each level stand in a table behind the keys, and their tiles.
 
-    ``rows`` by level: int32 ``[B|1, H|1, R]`` spans of the keys that each row is the mean of;
-    ``tiles`` of all levels together; ``height``, rows of the table.
+    ``span`` int32 ``[B|1, H|1, R]``, the keys that each row is the mean of, level by level;
+    ``tiles`` of all levels together, ``widths`` of them by level; ``height``, rows of the table.
     """
 
-    rows: dict[int, Tensor]
+    span: Tensor
     tiles: Tiles
+    widths: dict[int, int]
     height: int
 
 
 def pooled(
-    offsets: Tensor, length: int, levels: tuple[int, ...], size: int, longest: int | None = None
+    offsets: Tensor,
+    length: int,
+    levels: tuple[int, ...],
+    size: int | Callable[[int], int],
+    longest: int | None = None,
 ) -> Pooled:
-    """Blocks pooled to some levels, in tiles of up to ``size`` means.
+    """Blocks pooled to some levels, in tiles of up to ``size`` means, or what it is for a level.
 
     The last mean of a block may be of fewer keys, and is then a tile of its own.
     """
     counts = offsets.diff(dim=-1).long()
-    rows, parts, base = {}, [], length
+    rows: list[Tensor] = []
+    parts, base = [], length
+    widths = {}
     for level in levels:
-        rows[level] = tiles(offsets, length, level, longest).span
+        most_means = size if isinstance(size, int) else size(level)
+        # none for empty blocks, which bounded tiles would have
+        within = None if longest is None or longest <= level else longest
+        rows.append(tiles(offsets, length, level, within).span)
         per_block = -(-counts // level)
         first = per_block.cumsum(-1) - per_block + base
         whole, left = counts // level, counts % level
         most = None if longest is None else max(1, longest // level)
-        parts.append(_cut(first, whole, length // level, size, most, level))
+        parts.append(_cut(first, whole, length // level, most_means, most, level))
         span = ((first + whole) << START_BIT) | ((left - 1) << LENGTH_BITS) | 1
         block = (torch.arange(counts.shape[-1], device=counts.device) << BLOCK_BIT) + level
         parts.append(
@@ -170,6 +190,7 @@ def pooled(
                 torch.where(left > 0, span, 0).to(torch.int32),
             )
         )
-        base += rows[level].shape[-1]
+        widths[level] = sum(part.span.shape[-1] for part in parts[-2:])
+        base += rows[-1].shape[-1]
     joined = (torch.cat(column, -1).contiguous() for column in zip(*parts, strict=True))
-    return Pooled(rows, Tiles(*joined), base)
+    return Pooled(torch.cat(rows, -1).contiguous(), Tiles(*joined), widths, base)

@@ -38,6 +38,7 @@ from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.pipelines.families import Chunk, Family
+from dit_accel.pipelines.norms import Projected
 from dit_accel.pipelines.session import MethodProcessor
 from dit_accel.types import Geometry, Prefix, Report
 
@@ -121,21 +122,42 @@ class AnyFlowProcessor(MethodProcessor, AnyFlowCausalAttnProcessor):
             every = dense_pairs(like, None, ctx.prefix)
             binding.record(ctx, Report(every, every))
             return stock(attn, hidden_states, None, None, rotary_emb, kv_cache, kv_cache_flag)
-        query, key, value = (
-            x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for x in (
-                attn.norm_q(attn.to_q(hidden_states)).to(hidden_states.dtype),
-                attn.norm_k(attn.to_k(hidden_states)).to(hidden_states.dtype),
-                attn.to_v(hidden_states),
-            )
-        )
-        query = apply_rotary_emb(query, rotary_emb["query"])
-        key = apply_rotary_emb(key, rotary_emb["key"][:, :, -length:])
+        query, key, value = self._project(attn, hidden_states, rotary_emb)
         result, report = self.method(query, key, value, ctx)
         binding.record(ctx, report)
         result = result.transpose(1, 2).flatten(2)
         projected: Tensor = attn.to_out[1](attn.to_out[0](result))
         return projected
+
+    def _project(
+        self, attn: AnyFlowAttention, hidden_states: Tensor, rotary_emb: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the chunk, ``[B, H, L, D]`` each."""
+        query, key, value = (to(hidden_states) for to in (attn.to_q, attn.to_k, attn.to_v))
+        parts = [x.unflatten(2, (attn.heads, -1)) for x in (query, key, value)]
+        # the same angles for queries and keys: diffusers takes both from one tensor
+        angles = torch.view_as_real(rotary_emb["query"][0, 0])
+        made = self.normed(
+            attn,
+            [Projected.of(parts, attn.norm_q, attn.norm_k)],
+            "token",
+            (angles[..., 0], angles[..., 1]),
+            hidden_states.dtype,
+        )
+        if made is not None:
+            query, key, value = (x.transpose(1, 2) for x in made)
+            return query, key, value
+        query, key, value = (
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for x in (
+                attn.norm_q(query).to(hidden_states.dtype),
+                attn.norm_k(key).to(hidden_states.dtype),
+                value,
+            )
+        )
+        query = apply_rotary_emb(query, rotary_emb["query"])
+        key = apply_rotary_emb(key, rotary_emb["key"][:, :, -hidden_states.shape[1] :])
+        return query, key, value
 
     def run(self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Raise an InputError: a compiled transformer alone comes here."""

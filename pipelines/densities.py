@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,34 +11,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.crossover import Choice, DenseWarning
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one attention call computed: where, and how many pairs, as int64 scalars on the device.
+    """What one attention call computed: where, and how many pairs, as int64 on the device.
+
+    What is added up is added up when it is read: a launch less for every call.
 
     Attributes:
         model: the transformer's name in the pipeline.
         step, layer, branch: where; step -1 is a forward that fills a KV cache.
-        exact, every: pairs computed exactly, and all pairs.
+        exact_pairs, all_pairs: ``[B, H]``, as in `dit_accel.types.Report`.
+        norms: who computed norms and rotary embedding: ``"triton"``, ``"diffusers"``, or that and
+            why it was not the kernel.
     """
 
     model: str
     step: int
     layer: int
     branch: str
-    exact: Tensor
-    every: Tensor
+    exact_pairs: Tensor
+    all_pairs: Tensor
+    norms: str = "diffusers"
+
+    @property
+    def exact(self) -> Tensor:
+        """Pairs computed exactly, a scalar."""
+        return self.exact_pairs.sum()
+
+    @property
+    def every(self) -> Tensor:
+        """All pairs, a scalar."""
+        return self.all_pairs.sum()
 
 
 class DensityLog:
-    """Densities measured in one call of a pipeline. Nothing is read from a GPU until asked for."""
+    """Densities measured in one call of a pipeline. Nothing is read from a GPU until asked for.
+
+    Attributes:
+        records: one for each attention call.
+        choices: why dense attention took the place of a method, and in how many calls, where it
+            did because it is faster (`dit_accel.crossover`).
+    """
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.choices: dict[str, int] = {}
+        self._told: set[str] = set()
+
+    def note(self, choice: Choice) -> None:
+        """Count a call that dense attention was chosen for; the first time, it is warned of."""
+        reason = choice.reason
+        self.choices[reason] = self.choices.get(reason, 0) + 1
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(reason, DenseWarning, stacklevel=2)
 
     def clear(self) -> None:
         """Forget everything."""
         self.records.clear()
+        self.choices.clear()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -65,6 +101,11 @@ class DensityLog:
         for (step, layer), value in self.by(lambda r: (r.step, r.layer)).items():
             found.setdefault(step, {})[layer] = value
         return found
+
+    @property
+    def norm_rotary(self) -> dict[str, int]:
+        """How many calls had their norms and rotary embedding from whom (`Record.norms`)."""
+        return dict(Counter(record.norms for record in self.records))
 
     def by(self, key: Callable[[Record], Any]) -> dict[Any, float]:
         """Densities of groups of records."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.pipelines.families import Family
+from dit_accel.pipelines.norms import Projected, angles_of_channels
 from dit_accel.pipelines.positions import grids_of
 from dit_accel.pipelines.session import MethodProcessor
 from dit_accel.types import Geometry
@@ -81,7 +82,7 @@ class FluxProcessor(MethodProcessor, FluxAttnProcessor):
                 attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb
             )
         out = self.attend(
-            attn, *project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+            attn, *project(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         )
         if encoder_hidden_states is None:
             return out
@@ -90,19 +91,24 @@ class FluxProcessor(MethodProcessor, FluxAttnProcessor):
 
 
 def project(
-    attn: Any, hidden_states: Tensor, text: Tensor | None, rotary_emb: tuple[Tensor, Tensor] | None
+    ours: MethodProcessor,
+    attn: Any,
+    hidden_states: Tensor,
+    text: Tensor | None,
+    rotary_emb: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of images and text, as `normed` has them. For FLUX.2 too."""
     fused = attn.fused_projections
     own = attn.to_qkv if fused else (attn.to_q, attn.to_k, attn.to_v)
     joint = _three(hidden_states, own, attn)
     if text is None:
-        return normed(attn, joint, None, rotary_emb)
+        return normed(ours, attn, joint, None, rotary_emb)
     added = attn.to_added_qkv if fused else (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    return normed(attn, joint, _three(text, added, attn), rotary_emb)
+    return normed(ours, attn, joint, _three(text, added, attn), rotary_emb)
 
 
 def normed(
+    ours: MethodProcessor,
     attn: Any,
     joint: Sequence[Tensor],
     added: Sequence[Tensor] | None,
@@ -111,6 +117,7 @@ def normed(
     """Queries, keys and values after norms and rotation, text before images.
 
     Args:
+        ours: the processor.
         attn: the module.
         joint: projections ``[B, L, H, D]`` of images, or of everything in single blocks.
         added: projections of text; ``None`` in single blocks.
@@ -119,6 +126,14 @@ def normed(
     Returns:
         ``[B, H, L, D]`` each, a view of ``[B, L, H, D]``.
     """
+    parts = [Projected.of(joint, attn.norm_q, attn.norm_k)]
+    if added is not None:
+        parts.insert(0, Projected.of(added, attn.norm_added_q, attn.norm_added_k))
+    angles = None if rotary_emb is None else angles_of_channels(*rotary_emb, joint[0])
+    made = ours.normed(attn, parts, "head", angles)
+    if made is not None:
+        query, key, value = (x.transpose(1, 2) for x in made)
+        return query, key, value
     query, key, value = attn.norm_q(joint[0]), attn.norm_k(joint[1]), joint[2]
     if added is not None:
         query = torch.cat([attn.norm_added_q(added[0]), query], dim=1)

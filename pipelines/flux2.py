@@ -110,9 +110,9 @@ class Flux2Processor(MethodProcessor, _Base):
         mlp = None
         if single:
             joint, mlp = _split(attn, attn.to_qkv_mlp_proj(hidden_states))
-            qkv = normed(attn, by_heads(joint.chunk(3, dim=-1), attn), None, rotary_emb)
+            qkv = normed(self, attn, by_heads(joint.chunk(3, dim=-1), attn), None, rotary_emb)
         else:
-            qkv = project(attn, hidden_states, text, rotary_emb)
+            qkv = project(self, attn, hidden_states, text, rotary_emb)
         if refs:
             out = self._beside_references(attn, qkv, kv_cache, refs, extract, beside)
         else:

@@ -34,6 +34,7 @@ class Generation:
         latents: the final ones, fp32 on the CPU, without the batch's dimension.
         step_latents: those after every step, if they were asked for.
         by_cell: density of every step, layer by layer.
+        norm_rotary: how many attention calls had their norms and rotary embedding from whom.
     """
 
     frames: Tensor
@@ -46,6 +47,7 @@ class Generation:
     latents: Tensor
     step_latents: tuple[Tensor, ...] = ()
     by_cell: dict[int, dict[int, float]] = field(default_factory=dict)
+    norm_rotary: dict[str, int] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -122,6 +124,7 @@ def generate(
         latents[-1].cpu(),
         tuple(one.cpu() for one in latents) if keep_latents else (),
         log.by_cell,
+        log.norm_rotary,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_accel.errors import InputError
 from dit_accel.method import Method
 from dit_accel.pipelines.families import Family
+from dit_accel.pipelines.norms import Projected, angles_of_channels
 from dit_accel.pipelines.session import MethodProcessor
 from dit_accel.types import Geometry
 
@@ -70,9 +71,12 @@ class HunyuanVideoProcessor(MethodProcessor, HunyuanVideoAttnProcessor2_0):
             text = attn.to_add_out(text)
         return video, text
 
-    @staticmethod
     def _project(
-        attn: Attention, video: Tensor, text: Tensor, rotary_emb: tuple[Tensor, Tensor] | None
+        self,
+        attn: Attention,
+        video: Tensor,
+        text: Tensor,
+        rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each ``[B, H, L, D]``, a view of ``[B, L, H, D]``."""
         own = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
@@ -82,19 +86,30 @@ class HunyuanVideoProcessor(MethodProcessor, HunyuanVideoAttnProcessor2_0):
                 (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
                 (attn.norm_added_q, attn.norm_added_k),
             )
-        streams = []
-        for x, (projections, norms) in ((video, own), (text, added)):
-            made = [to(x).unflatten(2, (attn.heads, -1)) for to in projections]
-            for i, norm in enumerate(norms):
-                if norm is not None:
-                    made[i] = norm(made[i])
-                if x is video and rotary_emb is not None:
-                    made[i] = apply_rotary_emb(made[i], rotary_emb, sequence_dim=1)
-            streams.append(made)
-        query, key, value = (
-            torch.cat(both, dim=1).transpose(1, 2) for both in zip(*streams, strict=True)
-        )
+        parts = [
+            Projected.of((to(x).unflatten(2, (attn.heads, -1)) for to in projections), *norms)
+            for x, (projections, norms) in ((video, own), (text, added))
+        ]
+        angles = None if rotary_emb is None else angles_of_channels(*rotary_emb, parts[0].q)
+        joined = self.normed(attn, parts, "head", angles) or _joined(parts, rotary_emb)
+        query, key, value = (x.transpose(1, 2) for x in joined)
         return query, key, value
+
+
+def _joined(
+    parts: Sequence[Projected], rotary_emb: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, ...]:
+    """Video and text after their norms, the video rotated: ``[B, L, H, D]``."""
+    streams = []
+    for number, part in enumerate(parts):
+        made = [part.q, part.k, part.v]
+        for i, norm in enumerate((part.norm_q, part.norm_k)):
+            if norm is not None:
+                made[i] = norm(made[i])
+            if number == 0 and rotary_emb is not None:
+                made[i] = apply_rotary_emb(made[i], rotary_emb, sequence_dim=1)
+        streams.append(made)
+    return tuple(torch.cat(both, dim=1) for both in zip(*streams, strict=True))
 
 
 def _self_attention(model: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from dit_accel.method import Method, Schedule
 from dit_accel.pipelines import embedded
 from dit_accel.pipelines.families import Family, family_of, models_of
 from dit_accel.pipelines.hook import RootHook
+from dit_accel.pipelines.norms import check_choice
 from dit_accel.pipelines.session import (
     ATTRIBUTE,
     CONTEXT_PARALLEL,
@@ -27,7 +28,9 @@ EMBEDDED = "_dit_accel_embedded"
 """Name under which the transformer of an embedded model keeps that model's name."""
 
 
-def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
+def accelerate(
+    target: T, method: str | Method = "pisa", *, norm_rotary: str = "auto", **options: Any
+) -> T:
     """Run a method in the self-attention of a pipeline.
 
     Weights are untouched; calling it again replaces the method.
@@ -35,9 +38,14 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
     Args:
         target: a diffusers pipeline, or one of its transformers.
         method: the name of a preset, or a `Method`, such as ``Method.from_config("fast.yaml")``.
-        options: of the preset, such as ``density=0.15``; ``dense_steps`` and ``dense_layers`` may
-            be given beside a `Method` too. What is not given is the preset's default, or what an
-            embedded model suggests (`dit_accel.pipelines.embedded.Embedded.method_options`).
+        norm_rotary: who computes norms and rotary embedding of queries and keys where the method
+            runs: ``"auto"``, a kernel on a GPU that it is for, and diffusers' modules elsewhere;
+            ``"triton"``, the kernel or an error; ``"diffusers"``. What ran in the latest call is
+            ``session_of(pipe).log.norm_rotary``.
+        options: of the preset, such as ``density=0.15``; ``dense_steps``, ``dense_layers`` and
+            ``dense_below`` may be given beside a `Method` too. What is not given is the preset's
+            default, or what an embedded model suggests
+            (`dit_accel.pipelines.embedded.Embedded.method_options`).
 
     Returns:
         ``target`` itself.
@@ -51,6 +59,7 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
         >>> dit_accel.accelerate(pipe, "pisa", density=0.15) is pipe
         True
     """
+    check_choice(norm_rotary)
     models = models_of(target)
     made = _made_for(models, method, options)
     for model in models.values():
@@ -60,6 +69,7 @@ def accelerate(target: T, method: str | Method = "pisa", **options: Any) -> T:
         family = _family(model)
         for attn in family.self_attention(model):
             ours = family.processor(made)
+            ours.norm_rotary = norm_rotary
             _keep_backend(attn.processor, ours)
             attn.set_processor(ours)
     return target
@@ -102,12 +112,14 @@ def restore(target: T) -> T:
     return target
 
 
-def processor(target: Any, method: str | Method = "pisa", **options: Any) -> Any:
+def processor(
+    target: Any, method: str | Method = "pisa", *, norm_rotary: str = "auto", **options: Any
+) -> Any:
     """A processor for diffusers' own ``transformer.set_attn_processor``, and a prepared target.
 
     Args:
         target: a diffusers pipeline, or one of its transformers.
-        method, options: as in `accelerate`.
+        method, norm_rotary, options: as in `accelerate`.
 
     Returns:
         The processor. One instance serves every module of the target: what is not self-attention
@@ -122,10 +134,13 @@ def processor(target: Any, method: str | Method = "pisa", **options: Any) -> Any
         >>> ours = dit_accel.pipelines.processor(pipe, "pisa", density=0.15)
         >>> pipe.transformer.set_attn_processor(ours)
     """
+    check_choice(norm_rotary)
     models = models_of(target)
     made = _made_for(models, method, options)
     prepare(target)
-    return _family(next(iter(models.values()))).processor(made)
+    ours = _family(next(iter(models.values()))).processor(made)
+    ours.norm_rotary = norm_rotary
+    return ours
 
 
 def set_attn_processor(pipe: Any, given: Any, **options: Any) -> None:
@@ -135,7 +150,7 @@ def set_attn_processor(pipe: Any, given: Any, **options: Any) -> None:
         pipe: the pipeline.
         given: the name of a preset, a `Method`, or a processor (or diffusers' dictionary of them),
             which then goes to every attention module as in diffusers.
-        options: of the preset or `Method`.
+        options: of the preset or `Method`, and ``norm_rotary``.
 
     Raises:
         InputError: as `accelerate`; or options beside a processor.
@@ -209,12 +224,12 @@ def make_method(method: str | Method, **options: Any) -> Method:
         raise InputError(
             f"method: expected a preset's name or a Method, got {type(method).__name__}"
         )
-    schedule = {"dense_steps", "dense_layers"}
+    schedule = {"dense_steps", "dense_layers", "dense_below"}
     for name in options:
         if name not in schedule:
             raise InputError(
-                f"{method.name}: expected only dense_steps or dense_layers beside a Method, got "
-                f"{name!r}"
+                f"{method.name}: expected only dense_steps, dense_layers or dense_below beside a "
+                f"Method, got {name!r}"
             )
     if not options:
         return method

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from dit_accel.attend import dense_pairs
 from dit_accel.errors import InputError
 from dit_accel.method import Method
+from dit_accel.pipelines.binding import ATTRIBUTE, Binding, Link, binding_of
 from dit_accel.pipelines.clock import Clock, Moment
 from dit_accel.pipelines.compiled import attend as compiled_attend
-from dit_accel.pipelines.compiled import number_of, scalar
+from dit_accel.pipelines.compiled import norm_rotary as compiled_norm_rotary
+from dit_accel.pipelines.compiled import scalar
+from dit_accel.pipelines.dense_choice import choice_of, head_dim_of
 from dit_accel.pipelines.densities import DensityLog, Record
 from dit_accel.pipelines.families import Chunk
+from dit_accel.pipelines.norms import DIFFUSERS, Angles, Projected, task_of
+from dit_accel.projections import Over
 from dit_accel.state import State
 from dit_accel.types import Context, Geometry, Report
 
-ATTRIBUTE = "_dit_accel"
-"""Name under which a transformer keeps its session, an attention module its `Binding`, and a
-pipeline its `Link`."""
+__all__ = ["ATTRIBUTE", "HOOK", "Binding", "Link", "MethodProcessor", "Session", "binding_of"]
 
 HOOK = "_dit_accel_hook"
 """Name under which a transformer keeps its `RootHook`."""
@@ -179,77 +182,12 @@ class Session:
                 ctx.step,
                 ctx.layer,
                 ctx.branch,
-                report.exact_pairs.sum(),
-                report.all_pairs.sum(),
+                report.exact_pairs,
+                report.all_pairs,
+                binding.norms,
             )
         )
-
-
-class Link:
-    """On a pipeline, for its copies: they find their session by it."""
-
-    def __init__(self, pipe: Any, session: Session) -> None:
-        self._pipe, self._session = weakref.ref(pipe), session
-        session.adopt(pipe)
-
-    def __getstate__(self) -> tuple[Any, Session]:
-        return self._pipe(), self._session
-
-    def __setstate__(self, state: tuple[Any, Session]) -> None:
-        Link.__init__(self, *state)
-
-
-class Binding:
-    """What an attention module is within its session.
-
-    Attributes:
-        session: whose.
-        model: name of the transformer in the pipeline.
-        layer, num_layers: which of its layers this is, and how many there are.
-        number: int64 scalar under which a compiled graph finds this.
-    """
-
-    def __init__(
-        self, session: Session, model: str, layer: int, num_layers: int, module: nn.Module
-    ) -> None:
-        self.session, self.model = session, model
-        self.layer, self.num_layers = layer, num_layers
-        self._module = weakref.ref(module)
-        self.number = number_of(self)
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.session, self.model, self.layer, self.num_layers, self._module()
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        Binding.__init__(self, *state)
-
-    @property
-    def module(self) -> Any:
-        """The attention module itself."""
-        return self._module()
-
-    def context(self) -> Context:
-        """Where the call happens; see `Session.context`."""
-        return self.session.context(self)
-
-    def record(self, ctx: Context, report: Report) -> None:
-        """Note what the call computed."""
-        self.session.record(self, ctx, report)
-
-
-def binding_of(attn: nn.Module) -> Binding:
-    """The binding of a self-attention module.
-
-    Raises:
-        InputError: its transformer was never prepared.
-    """
-    binding = getattr(attn, ATTRIBUTE, None)
-    if not isinstance(binding, Binding):
-        raise InputError(
-            "set_attn_processor: expected a transformer prepared by dit_accel.pipelines.load or "
-            f"dit_accel.pipelines.processor(pipe, ...), got a {type(attn).__name__} that was not"
-        )
-    return binding
+        binding.norms = DIFFUSERS
 
 
 class MethodProcessor:
@@ -257,10 +195,13 @@ class MethodProcessor:
 
     Attributes:
         method: what runs.
+        norm_rotary: who computes norms and rotary embedding of a call that does not step aside, of
+            `norms.CHOICES`.
     """
 
     _parallel_config: Any
     _attention_backend: Any
+    norm_rotary: str = "auto"
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -285,10 +226,60 @@ class MethodProcessor:
         if torch.compiler.is_compiling():
             return False
         binding, ctx = self.begin(attn)
-        if not self.method.is_dense(ctx):
+        depth = head_dim_of(attn, hidden_states)
+        if not self.is_dense(binding, ctx, hidden_states, attn.heads, depth):
             return False
         self.note_dense(binding, ctx, hidden_states, attn.heads, beside)
         return True
+
+    def normed(
+        self,
+        attn: nn.Module,
+        parts: Sequence[Projected],
+        over: Over,
+        angles: Angles | str | None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Queries and keys after norms and rotation, by the kernel; ``None`` leaves it to modules.
+
+        Args:
+            attn: the module.
+            parts, over, angles, dtype: as of `norms.task_of`.
+
+        Returns:
+            ``q``, ``k`` and ``v``, ``[B, L, H, D]``, streams joined.
+
+        Raises:
+            InputError: the kernel was named, and cannot do it.
+        """
+        task = task_of(self.norm_rotary, parts, over, angles, dtype)
+        binding = binding_of(attn)
+        if isinstance(task, str):
+            if self.norm_rotary == "triton":
+                raise InputError(
+                    f"norm_rotary: expected norms and angles that the kernel takes, got 'triton', "
+                    f"and {task}"
+                )
+            if not torch.compiler.is_compiling():
+                binding.norms = task if task == DIFFUSERS else f"{DIFFUSERS}: {task}"
+            return None
+        if torch.compiler.is_compiling():
+            return compiled_norm_rotary(binding.number, task)
+        binding.norms = "triton"
+        return task.run()
+
+    def is_dense(
+        self, binding: Binding, ctx: Context, like: Tensor, heads: int, head_dim: int
+    ) -> bool:
+        """Whether a call, ``like`` in batch, dtype and device, is left to dense attention: by the
+        method, or since that is faster here.
+        """
+        if self.method.is_dense(ctx):
+            return True
+        choice = choice_of(self, ctx, like, heads, head_dim)
+        if choice is not None:
+            binding.session.log.note(choice)
+        return choice is not None
 
     def attend(
         self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
@@ -320,7 +311,7 @@ class MethodProcessor:
     def run(self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`attend`, outside of any graph: here it is decided what this step is."""
         binding, ctx = self.begin(attn)
-        if not self.method.is_dense(ctx):
+        if not self.is_dense(binding, ctx, q, q.shape[1], q.shape[3]):
             out, report = self.method(q, k, v, ctx)
             binding.record(ctx, report)
             return out.transpose(1, 2).flatten(2)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.pipelines.families import Family
+from dit_accel.pipelines.norms import Angles, Projected, angles_of_channels
 from dit_accel.pipelines.session import MethodProcessor
 from dit_accel.types import Geometry
 
@@ -55,26 +56,38 @@ class WanProcessor(MethodProcessor, WanAttnProcessor):
             )
         if self.steps_aside(attn, hidden_states):
             return super().__call__(attn, hidden_states, rotary_emb=rotary_emb)
-        out = self.attend(attn, *self._project(attn, hidden_states, rotary_emb))
+        q, k, v = self._project(attn, hidden_states, rotary_emb)
+        out = self.attend(attn, *(x.transpose(1, 2) for x in (q, k, v)))
         out = out.type_as(hidden_states)
         return attn.to_out[1](attn.to_out[0](out))
 
-    @staticmethod
     def _project(
-        attn: WanAttention, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor] | None
+        self, attn: WanAttention, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each ``[B, H, L, D]``, a view of ``[B, L, H, D]``."""
+        """Queries, keys and values, each ``[B, L, H, D]``."""
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = (to(hidden_states) for to in (attn.to_q, attn.to_k, attn.to_v))
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        if rotary_emb is not None:
-            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        parts = [x.unflatten(2, (attn.heads, -1)) for x in (query, key, value)]
+        angles = None if rotary_emb is None else _angles(*rotary_emb, parts[0])
+        made = self.normed(attn, [Projected.of(parts, attn.norm_q, attn.norm_k)], "token", angles)
+        if made is None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+            query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+            if rotary_emb is not None:
+                query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        else:
+            query, key, value = made
         # the norms may come out wider than the projections
-        value = value.type_as(query)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return query, key, value.type_as(query)
+
+
+def _angles(cos: Tensor, sin: Tensor, like: Tensor) -> Angles | str:
+    """As `angles_of_channels`, of angles ``[1, L, 1, D]``."""
+    if cos.ndim != 4 or cos.shape[0] != 1 or cos.shape[2] != 1 or cos.shape != sin.shape:
+        return f"angles are {list(cos.shape)} and {list(sin.shape)}"
+    return angles_of_channels(cos[0, :, 0], sin[0, :, 0], like)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.cli.common import err, out, parse_set
+from dit_accel.cli.common import device_of, dtype_of, err, out, parse_set, progress, quiet
 
 app = typer.Typer(help="Measure, always as a ratio to dense attention in the same run.")
 
@@ -62,6 +62,45 @@ def attention(
 
 
 @app.command()
+def crossover(
+    methods: Annotated[
+        str, typer.Option(help="Of pisa, psa, svg_ear, vmoba, flashblock.")
+    ] = "pisa,psa,svg_ear,vmoba,flashblock",
+    heads: Annotated[str, typer.Option(help="Attention heads, of all of a batch.")] = "12,24,40",
+    budget_ms: Annotated[float, typer.Option(help="Of calls, for each figure.")] = 30.0,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="JSON; figures of others in it are kept.")
+    ] = None,
+) -> None:
+    """Find from what length on each method is faster than dense attention on this GPU."""
+    import torch
+
+    from dit_accel.errors import InputError
+    from dit_accel.eval import bench_crossover
+
+    names = methods.split(",")
+    for word in names:
+        if word not in bench_crossover.SETTINGS:
+            known = ", ".join(bench_crossover.SETTINGS)
+            raise InputError(f"methods: expected some of {known}, got {word!r}")
+    if not all(word.isdigit() and int(word) for word in heads.split(",")):
+        raise InputError(f"heads: expected positive integers, got {heads!r}")
+    if not torch.cuda.is_available():
+        raise InputError("device: expected a GPU, which is what is measured, got none")
+    counts = [int(word) for word in heads.split(",")]
+    made = bench_crossover.measure(
+        names,
+        counts,
+        budget_ms,
+        lambda text: err.print(text, highlight=False, markup=False),
+    )
+    for row in bench_crossover.lines(made):
+        out.print(row, highlight=False, markup=False, soft_wrap=True)
+    if target is not None:
+        bench_crossover.write(made, target)
+
+
+@app.command()
 def kernels(
     ops: Annotated[
         str, typer.Option(help="Operations, methods, and dense attention to compare with.")
@@ -71,6 +110,9 @@ def kernels(
     ] = "wan14b,wan1.3b,hunyuan,flux",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cuda, or cpu for what runs there.")] = "cuda",
+    strength: Annotated[
+        str, typer.Option("--inputs", help="sharp or broad: how concentrated attention is.")
+    ] = "sharp",
     budget_ms: Annotated[float, typer.Option(help="Of calls, for each row.")] = 200.0,
     target: Annotated[Path | None, typer.Option("--out", help="Also write JSON there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
@@ -83,13 +125,14 @@ def kernels(
 
     from dit_accel.errors import InputError
     from dit_accel.eval import bench_kernels, records
-    from dit_accel.eval.kernel_cases import SHAPES
+    from dit_accel.eval.kernel_cases import SHAPES, STRENGTHS
     from dit_accel.pipelines import media
 
     for name, known, given in (
         ("ops", bench_kernels.ALL_CASES, ops),
         ("shapes", SHAPES, shapes),
         ("dtype", bench_kernels.DTYPES, dtype),
+        ("inputs", STRENGTHS, strength),
     ):
         for word in given.split(","):
             if word not in known:
@@ -104,6 +147,7 @@ def kernels(
             shapes.split(","),
             dtype=dtype,
             device=device,
+            strength=strength,
             budget_ms=budget_ms,
             say=lambda text: err.print(text, highlight=False, markup=False),
         )
@@ -223,3 +267,53 @@ def pipeline(
         media.write_text(target, records.dumps(records.signed(found)))
     if any(model["wrong"] for model in found["models"].values()):
         raise typer.Exit(1)
+
+
+@app.command()
+def recording(
+    methods: Annotated[str, typer.Option(help="Presets, with commas.")] = "dense,pisa",
+    density: Annotated[
+        float | None, typer.Option(help="In (0, 1], for methods that have this option.")
+    ] = 0.15,
+    model: Annotated[str, typer.Option(help="Name, directory or hub id.")] = "tiny-wan",
+    prompt: Annotated[
+        str, typer.Option(help="What is generated.")
+    ] = "a red circle moves right over a blue background",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed pairs of generations.")] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    target: Annotated[Path | None, typer.Option("--out", help="Also write JSON there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Time what it costs that ``eval run`` records where the time of a generation goes."""
+    from dit_accel import presets
+    from dit_accel.pipelines import embedded, media
+
+    if target is not None:
+        media.check_writable(target, force=force)
+    chosen = {}
+    for name in (word.strip() for word in methods.split(",")):
+        given = {} if density is None else {"density": density}
+        given = {key: value for key, value in given.items() if key in presets.get(name).accepts({})}
+        chosen[name] = presets.build(name, **embedded.options_for(model, name, given))
+    quiet()
+    from dit_accel.eval import bench_recording, records
+    from dit_accel.pipelines import load
+    from dit_accel.pipelines.request import Request
+
+    pipe = load(model, device=device_of(device), dtype=dtype_of(dtype))
+    pipe.set_progress_bar_config(disable=True)
+    with progress() as bars:
+        task = bars.add_task("generations", total=None)
+        found = bench_recording.run(
+            pipe,
+            chosen,
+            Request(prompt, steps=steps),
+            repeats,
+            lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    out.print(bench_recording.table(found))
+    if target is not None:
+        told = {"methods": [one.to_dict() for one in found]}
+        media.write_text(target, records.dumps(records.signed(told)))

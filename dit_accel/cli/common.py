@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from dit_accel.errors import InputError
 
@@ -27,8 +28,8 @@ err = Console(stderr=True)
 """For progress and warnings."""
 
 
-def progress() -> Progress:
-    """A progress bar, on stderr."""
+def progress(*, shown: bool = True) -> Progress:
+    """A progress bar, on stderr; of several processes one shows it."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -37,7 +38,14 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=err,
+        disable=not shown,
     )
+
+
+def print_wide(table: Table) -> None:
+    """Print a table without shortening it; a narrow terminal wraps its lines."""
+    wide = table.__rich_measure__(out, out.options.update(width=1000)).maximum
+    out.print(table, width=max(out.width, wide), no_wrap=True, crop=False, soft_wrap=True)
 
 
 def quiet() -> None:

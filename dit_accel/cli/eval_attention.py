@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.cli.common import device_of, dtype_of, err, out, progress, quiet
+from dit_accel.cli.common import device_of, dtype_of, err, print_wide, progress, quiet
 
 METHODS = "pisa,svg_ear,psa,vmoba,flashblock"
 
@@ -129,9 +129,7 @@ def attention(
     media.write_text(target / "summary.csv", attention_tables.to_csv(summary))
     media.write_text(target / "summary.md", attention_tables.markdown(summary))
     for table in attention_tables.render(summary):
-        # numbers cut short are none: a narrow terminal wraps them
-        wide = table.__rich_measure__(out, out.options.update(width=1000)).maximum
-        out.print(table, width=max(out.width, wide), no_wrap=True, crop=False, soft_wrap=True)
+        print_wide(table)
     err.print(f"written  {target}", highlight=False, soft_wrap=True)
 
 

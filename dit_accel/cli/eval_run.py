@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.cli.common import device_of, dtype_of, err, out, progress, quiet, shared_options
+from dit_accel.cli.common import (
+    device_of,
+    dtype_of,
+    err,
+    out,
+    print_wide,
+    progress,
+    quiet,
+    shared_options,
+)
 from dit_accel.errors import InputError
 
 if TYPE_CHECKING:
@@ -186,7 +195,7 @@ def _run(given: Mapping[str, Any]) -> None:
         pipe = None  # each process loads its own
     group = Group(rank)
     command = ["dit-accel", *sys.argv[1:]]
-    with progress() as bars:
+    with progress(shown=rank.number == 0) as bars:
         task = bars.add_task("samples", total=None)
 
         def step(done: float, total: int) -> None:
@@ -199,7 +208,7 @@ def _run(given: Mapping[str, Any]) -> None:
             command=command,
             jobs=given["jobs"],
             group=group,
-            progress=step if rank.number == 0 else None,
+            progress=step,
         )
     group.close()
     if rank.number == 0:
@@ -222,7 +231,7 @@ def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> Non
             lambda done, total: bars.update(task, completed=done, total=total),
         )
     export.write(store, summary)
-    out.print(export.table(summary))
+    print_wide(export.table(summary))
     for note in summary.notes:
         out.print(note, highlight=False)
     reasons: dict[str, list[str]] = {}
@@ -244,9 +253,12 @@ def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> Non
 
 
 def _device(given: str | None, rank: Rank) -> str:
+    import torch
+
     device = device_of(given)
     if device == "cuda" and rank.count > 1:
-        return f"cuda:{rank.local}"
+        # more processes than GPUs share them
+        return f"cuda:{rank.local % max(1, torch.cuda.device_count())}"
     return device
 
 

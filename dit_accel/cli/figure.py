@@ -60,18 +60,17 @@ def plans(
     import torch
     from PIL import Image
 
-    from dit_accel.eval import plan_figure
-    from dit_accel.eval.capture import capture, check
+    from dit_accel.eval import calls, plan_figure
     from dit_accel.pipelines import load
     from dit_accel.pipelines.request import Request
 
     pipe = load(model, device=device_of(device))
     pipe.set_progress_bar_config(disable=True)
     request = Request(prompt, height=height, width=width, frames=frames, steps=steps, seed=seed)
-    check(pipe, request, layer, head, (step - earlier, step))
+    calls.check_place(pipe, request, layer, head, (step - earlier, step))
     with progress() as bar, torch.inference_mode():
         task = bar.add_task("denoising", total=step + 1)
-        captured = capture(
+        captured = calls.take(
             pipe,
             request,
             layer,

@@ -61,6 +61,13 @@ def generate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
+    norm_rotary: Annotated[
+        str,
+        typer.Option(
+            help="Who computes norms and rotary embedding of queries and keys: auto, triton or "
+            "diffusers."
+        ),
+    ] = "auto",
     target: Annotated[
         Path | None,
         typer.Option(
@@ -91,8 +98,10 @@ def generate(
         raise InputError(f"fps: expected an integer from 1 to 240, got {fps}")
     quiet()
     from dit_accel.pipelines.loading import pipeline_class
+    from dit_accel.pipelines.norms import check_choice
     from dit_accel.pipelines.request import Request, check, effective, kind_named
 
+    check_choice(norm_rotary)
     kind = kind_named(pipeline_class(model))
     picture = None if image is None else media.read_image(image)
     asked = Request(prompt, negative_prompt, height, width, frames, steps, guidance, seed, picture)
@@ -114,14 +123,14 @@ def generate(
     rate = fps or (inside.fps if inside else 16)
     request = effective(pipe, asked)
 
-    accelerate(pipe, method, **options)
+    accelerate(pipe, method, norm_rotary=norm_rotary, **options)
     made = _method_of(pipe)
     dense: Generation | None = None
     with progress() as bars:
         if compare:
             accelerate(pipe, "dense")
             dense = _run(pipe, request, bars, "dense")
-            accelerate(pipe, method, **options)
+            accelerate(pipe, method, norm_rotary=norm_rotary, **options)
         result = _run(pipe, request, bars, method)
     _write(kind, result.frames, target, rate)
     if dense is not None:
@@ -158,6 +167,8 @@ def generate(
         "density": result.density,
         "density_by_step": result.by_step,
         "density_by_layer": result.by_layer,
+        "norm_rotary": norm_rotary,
+        "norm_rotary_calls": result.norm_rotary,
         "seconds": {"load": load_seconds, **times(result)},
         "dense_seconds": None if dense is None else times(dense),
         "compared": measured(result, dense),

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import (
-    learned_perceptual_image_patch_similarity,
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
@@ -90,17 +89,20 @@ def lpips() -> Callable[[Tensor, Tensor], list[float]] | str:
         return "torchvision is not installed"
     if not (Path(torch.hub.get_dir()) / "checkpoints" / _ALEXNET).is_file():
         return f"torchvision's AlexNet weights ({_ALEXNET}) are not in torch's hub folder"
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
+    # as a module the network is loaded once
+    net = LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
+
+    @torch.inference_mode()
     def measure(frames: Tensor, dense: Tensor) -> list[float]:
         _check(frames, dense)
-        return [
-            float(
-                learned_perceptual_image_patch_similarity(
-                    one, other, net_type="alex", normalize=True
-                )
-            )
+        each = [
+            float(net(one, other))
             for one, other in zip(frames.split(1), dense.split(1), strict=True)
         ]
+        net.reset()
+        return each
 
     return measure
 

@@ -1,14 +1,16 @@
 """VBench's dimensions of video quality (Huang et al. 2024), by its definitions and names.
 
 Temporal flickering needs no weights, and is computed here. The other six go through the ``vbench``
-package, if it and its weights are installed; nothing is downloaded for them.
+package (0.1.5), if it and its weights are installed; nothing is downloaded for them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +29,10 @@ _FILES: Final = {
     "background_consistency": ("clip_model/ViT-B-32.pt",),
     "motion_smoothness": ("amt_model/amt-s.pth",),
     "dynamic_degree": ("raft_model/models/raft-things.pth",),
-    "aesthetic_quality": ("clip_model/ViT-L-14.pt", "aesthetic_model/emb_reader"),
+    "aesthetic_quality": (
+        "clip_model/ViT-L-14.pt",
+        "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth",
+    ),
     "imaging_quality": ("pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",),
 }
 """What each dimension loads, under the package's folder of weights."""
@@ -97,14 +102,16 @@ def by_package(
             (videos / f"{i:06d}{clip.suffix}").symlink_to(clip.resolve())
         for dimension in dimensions:
             try:
-                judge = VBench(torch.device(device), "", str(results))
-                judge.evaluate(
-                    videos_path=str(videos),
-                    name=dimension,
-                    dimension_list=[dimension],
-                    local=True,
-                    mode="custom_input",
-                )
+                # it tells its progress on stdout, where our results go
+                with contextlib.redirect_stdout(sys.stderr):
+                    judge = VBench(torch.device(device), "", str(results))
+                    judge.evaluate(
+                        videos_path=str(videos),
+                        name=dimension,
+                        dimension_list=[dimension],
+                        local=True,
+                        mode="custom_input",
+                    )
                 text = (results / f"{dimension}_eval_results.json").read_text(encoding="utf-8")
                 found[dimension] = _scores(names, *json.loads(text)[dimension])
             except Exception as error:

@@ -62,7 +62,11 @@ _BUDGETS = ("density", "p", "threshold", "ratios")
 
 def _asked(variant: VariantSummary) -> str:
     """What a variant was set to, in few words."""
-    return setting({name: variant.options.get(name) for name in _BUDGETS})
+    told = {name: variant.options.get(name) for name in _BUDGETS}
+    if "route" in variant.options:
+        # one of the two counts
+        del told["density" if variant.options["route"] == "topp" else "p"]
+    return setting(told)
 
 
 def slider(summary: Summary, numbers: dict[str, int]) -> dict[str, Any] | None:

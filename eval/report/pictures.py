@@ -61,11 +61,10 @@ def errors_picture(made: Maps, head: int, largest: float) -> str:
     gap = torch.full((error.shape[0], max(1, wide // 2)), -1.0)
     scaled = torch.cat([_scaled(error, largest), gap, _scaled(row, largest).expand(-1, wide)], 1)
     level = (scaled.clamp(0, 1) * 252).round().byte()
-    level[scaled.isnan()] = 253
     level[scaled < 0] = 255
     image = Image.fromarray(level.numpy(), mode="P")
     ramp = [value for i in range(253) for value in ramp_colour(i / 252)]
-    image.putpalette([*ramp, *(150, 150, 150), *(150, 150, 150), *(255, 255, 255)])
+    image.putpalette([*ramp, *(255, 255, 255) * 3])
     image.info["transparency"] = 255
     return _address(image, "PNG", optimize=True, transparency=255)
 
@@ -80,20 +79,18 @@ def ramp_colour(share: float) -> tuple[int, int, int]:
 
 
 def shares(made: Maps, head: int) -> list[dict[str, object]]:
-    """Of every kind that occurs: its share of the pairs, and their mean error if it is known."""
+    """Of every kind that occurs: its share of the pairs, and their mean error."""
     kind, error = made.kind[head], made.error[head].float()
     found: list[dict[str, object]] = []
     for index, name in enumerate(KINDS):
         these = kind == index
         if not bool(these.any()):
             continue
-        known = error[these]
-        known = known[known.isfinite()]
         found.append(
             {
                 "kind": name,
                 "share": float(these.float().mean()),
-                "error": float(known.square().mean().sqrt()) if len(known) else None,
+                "error": float(error[these].square().mean().sqrt()),
             }
         )
     return found
@@ -101,12 +98,11 @@ def shares(made: Maps, head: int) -> list[dict[str, object]]:
 
 def top_of(maps: list[Maps]) -> float:
     """Top of a scale that all these errors share."""
-    parts = [part[part.isfinite()] for one in maps for part in (one.error, one.row)]
-    return max([1e-6, *(float(part.max()) for part in parts if len(part))])
+    return max(1e-6, *(float(part.max()) for one in maps for part in (one.error, one.row)))
 
 
 def _scaled(error: Tensor, largest: float) -> Tensor:
-    # NaN stays; what lies below the scale is its lowest colour
+    # what lies below the scale is its lowest colour
     return (1 + (error.clamp(min=1e-12) / largest).log10() / DECADES).clamp(min=0)
 
 

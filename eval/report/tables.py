@@ -15,7 +15,8 @@ from dit_accel.eval.samples import PARTS, Run, Sample
 
 GROUPS = {
     "fidelity": "Fidelity to dense attention",
-    "speed": "Speed and memory",
+    "speed": "Speed, memory and operations",
+    "seconds": "Seconds of a sample",
     "semantic": "What the clips show",
     "distribution": "Distribution",
     "vbench": "VBench",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.backends import BACKENDS, implementation, resolve, triton_refusal
+from dit_accel.kernels.block_attention.groups import in_groups
 from dit_accel.kernels.block_summary.api import check_blocks, check_valid
 from dit_accel.kernels.merge import merge
 from dit_accel.kernels.packed import MOST_ROWS
@@ -130,26 +131,24 @@ def block_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = resolve(backend, q, BACKENDS, _refusal(q, scale, rest, levels, blocks[1]))
     run = implementation("block_attention", chosen).block_attention
-    known: dict[str, Any] = {}
+    orders = {"q_perm": q_perm, "q_offsets": q_offsets, "k_perm": k_perm, "k_offsets": k_offsets}
     if chosen == "triton":
-        known = {"q_longest": q_longest, "k_longest": k_longest, "levels": levels, "onto": onto}
+        return in_groups(
+            run,
+            *(q, k, v, code),
+            key_valid=key_valid,
+            rest=rest,
+            onto=onto,
+            orders=orders,
+            scale=scale,
+            q_longest=q_longest,
+            k_longest=k_longest,
+            levels=levels,
+        )
     result: tuple[Tensor, Tensor] = run(
-        q,
-        k,
-        v,
-        code,
-        q_perm=q_perm,
-        q_offsets=q_offsets,
-        k_perm=k_perm,
-        k_offsets=k_offsets,
-        key_valid=key_valid,
-        scale=scale,
-        rest=rest,
-        **known,
+        q, k, v, code, key_valid=key_valid, scale=scale, rest=rest, **orders
     )
-    if onto is not None and chosen != "triton":
-        return merge(*result, *onto)
-    return result
+    return result if onto is None else merge(*result, *onto)
 
 
 def _refusal(

@@ -1,301 +1,32 @@
 """The exact tiles of block attention on Hopper, in Gluon: what Triton itself would not schedule.
 
-One warp brings keys and values, two 64-row boxes a turn, wherever the list has them; two warp
-groups take 64 queries each. A warp group starts the next logits before the product with the values
-of the turn before, and computes its softmax while the latter runs (FlashAttention-3, arXiv
-2407.08608); the two groups drift apart by themselves, and one's softmax hides behind the other's
-products.
+What the warps do is in `warps.py`; here they are started.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.block_attention.levels import LEVELS, TURN, box_of
 from dit_accel.kernels.block_attention.problem import Problem
-from dit_accel.kernels.block_attention.triton import WEIGHTS, rest_tables
+from dit_accel.kernels.block_attention.tables import rest_tables
+from dit_accel.kernels.block_attention.triton import WEIGHTS
+from dit_accel.kernels.block_attention.warps import consumer, producer
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT
 from dit_accel.kernels.specimen import Specimen
 
 _BITS = gl.constexpr(START_BIT)
-_COUNT = gl.constexpr(LENGTH_BITS)
 _MASK = gl.constexpr((1 << LENGTH_BITS) - 1)
-_TURN = 128
-"""Keys of a turn."""
-# renamed between Triton 3.6 and 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _rows_of(entries, turn, row, boxes: gl.constexpr):
-    """Where the boxes of one turn of a list begin: all read at once, for keys and values."""
-    found = (row + (gl.load(entries + turn * boxes) >> _BITS),)
-    for i in gl.static_range(1, boxes):
-        found = found + (row + (gl.load(entries + turn * boxes + i) >> _BITS),)  # type: ignore[assignment]  # noqa: RUF005
-    return found
-
-
-@gluon.jit
-def _bring(desc, rows, buffer, ready, BOX: gl.constexpr):
-    """The boxes of one turn of a list into one buffer."""
-    width: gl.constexpr = buffer.shape[0]
-    depth: gl.constexpr = buffer.shape[1]
-    mbarrier.expect(ready, width * depth * 2)
-    for i in gl.static_range(width // BOX):
-        _load(desc, [rows[i], 0], ready, buffer.slice(i * BOX, BOX))
-
-
-@gluon.jit
-def _bring_run(desc, row, buffer, ready):
-    """Consecutive rows into one buffer, by boxes of 64."""
-    width: gl.constexpr = buffer.shape[0]
-    depth: gl.constexpr = buffer.shape[1]
-    mbarrier.expect(ready, width * depth * 2)
-    for i in gl.static_range(width // 64):
-        _load(desc, [row + i * 64, 0], ready, buffer.slice(i * 64, 64))
-
-
-@gluon.jit
-def _producer(p, BOX: gl.constexpr, WEIGHT: gl.constexpr, FIRST_ORDER: gl.constexpr):
-    k_stages: gl.constexpr = p.k_bufs.shape[0]
-    v_stages: gl.constexpr = p.v_bufs.shape[0]
-    width: gl.constexpr = p.k_bufs.shape[1]
-    depth: gl.constexpr = p.k_bufs.shape[2]
-    boxes: gl.constexpr = width // BOX
-    k_turn = gl.to_tensor(0)
-    for i in range(p.rest_turns):
-        row = p.rest_row + i * width
-        at = k_turn % k_stages
-        mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-        _bring_run(p.rest_keys, row, p.k_bufs.index(at), p.k_ready.index(at))
-        k_turn += 1
-        if WEIGHT != 0:
-            at = k_turn % k_stages
-            mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-            _bring_run(p.rest_var, row, p.k_bufs.index(at), p.k_ready.index(at))
-            k_turn += 1
-        at = i % v_stages
-        mbarrier.wait(p.v_free.index(at), ((i // v_stages) & 1) ^ 1)
-        _bring_run(p.rest_values, row, p.v_bufs.index(at), p.v_ready.index(at))
-    turns = (p.every + boxes - 1) // boxes
-    for i in range(turns):
-        rows = _rows_of(p.entries, i, p.row, boxes)
-        at = k_turn % k_stages
-        mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-        _bring(p.keys, rows, p.k_bufs.index(at), p.k_ready.index(at), BOX)
-        k_turn += 1
-        v_turn = p.rest_turns + i
-        at = v_turn % v_stages
-        mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
-        _bring(p.values, rows, p.v_bufs.index(at), p.v_ready.index(at), BOX)
-    if FIRST_ORDER:
-        v_turn = p.rest_turns + turns
-        at = v_turn % v_stages
-        mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
-        _bring_run(p.cov, p.cov_row, p.v_bufs.index(at).slice(0, depth), p.v_ready.index(at))
-
-
-@gluon.jit
-def _hide(s, entries, turn, columns, BOX: gl.constexpr):
-    """Logits in powers of two: mask what the tiles of a turn do not hold, and weigh the pooled."""
-    boxes: gl.constexpr = s.shape[1] // BOX
-    entry = gl.load(entries + turn * boxes + columns // BOX)
-    known = (columns % BOX) < (entry & _MASK)
-    pooled = ((entry >> _COUNT) & 7) + 1
-    bias = gl.where(known, gl.log2(pooled.to(gl.float32)), float("-inf"))
-    return s + gl.expand_dims(bias, 0)
-
-
-@gluon.jit
-def _soften(s, m, mass):
-    """Weights of logits in powers of two; what the accumulator must be multiplied with."""
-    peak = gl.maximum(m, gl.max(s, 1))
-    safe = gl.where(peak == float("-inf"), 0.0, peak)
-    fade = gl.exp2(m - safe)
-    weights = gl.exp2(s - gl.expand_dims(safe, 1))
-    return weights, peak, mass * fade + gl.sum(weights, 1), fade
-
-
-@gluon.jit
-def _soften_plain(s, m, mass, by):
-    """As `_soften`, for logits that still want the scale: it goes into the exponent's product."""
-    peak = gl.maximum(m, gl.max(s, 1) * by)
-    fade = gl.exp2(m - peak)
-    weights = gl.exp2(s * by - gl.expand_dims(peak, 1))
-    return weights, peak, mass * fade + gl.sum(weights, 1), fade
-
-
-@gluon.jit
-def _consumer(
-    p,
-    group: gl.constexpr,
-    q_buf,
-    square_buf,
-    BOX: gl.constexpr,
-    WEIGHT: gl.constexpr,
-    FIRST_ORDER: gl.constexpr,
-    INIT: gl.constexpr,
-):
-    depth: gl.constexpr = q_buf.shape[1]
-    k_stages: gl.constexpr = p.k_bufs.shape[0]
-    v_stages: gl.constexpr = p.v_bufs.shape[0]
-    width: gl.constexpr = p.k_bufs.shape[1]
-    boxes: gl.constexpr = width // BOX
-    dtype: gl.constexpr = q_buf.dtype
-    rows: gl.constexpr = 64
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // depth, depth // 8], [4, 1], [1, 0])
-    logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
-    result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, depth, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, result, 2)
-    row_of: gl.constexpr = gl.SliceLayout(1, logits)
-    acc_row: gl.constexpr = gl.SliceLayout(1, result)
-
-    # the queries of this group, gathered
-    place = group * rows + gl.arange(0, rows, gl.SliceLayout(1, flat))
-    inside = place < p.count
-    token = gl.load(p.tokens + place, mask=inside, other=0).to(gl.int64)
-    column = gl.arange(0, depth, gl.SliceLayout(0, flat))
-    where = gl.expand_dims(token, 1) * p.q_l + gl.expand_dims(column, 0)
-    query = gl.load(p.q + where, mask=gl.expand_dims(inside, 1), other=0.0)
-    q_buf.store(query)
-    if WEIGHT != 0:
-        scaled = query.to(gl.float32) * p.scale
-        square_buf.store((scaled * scaled).to(dtype))
-    fence_async_shared()
-
-    acc_place = group * rows + gl.arange(0, rows, acc_row)
-    acc_inside = acc_place < p.count
-    acc_token = gl.load(p.tokens + acc_place, mask=acc_inside, other=0).to(gl.int64)
-    acc_column = gl.arange(0, depth, gl.SliceLayout(0, result))
-    if INIT:
-        start = gl.expand_dims(acc_token, 1) * depth + gl.expand_dims(acc_column, 0)
-        acc = gl.load(p.init + start, mask=gl.expand_dims(acc_inside, 1), other=0.0)
-        acc = acc.to(gl.float32)
-        row_place = group * rows + gl.arange(0, rows, row_of)
-        row_inside = row_place < p.count
-        row_token = gl.load(p.tokens + row_place, mask=row_inside, other=0)
-        m = gl.load(p.init_lse + row_token, mask=row_inside, other=float("-inf"))
-        m = m * 1.4426950408889634
-        mass = gl.where(m == float("-inf"), 0.0, 1.0)
-    else:
-        acc = gl.zeros([rows, depth], gl.float32, result)
-        m = gl.full([rows], float("-inf"), gl.float32, row_of)
-        mass = gl.zeros([rows], gl.float32, row_of)
-    nothing = gl.zeros([rows, width], gl.float32, logits)
-    columns = gl.arange(0, width, gl.SliceLayout(0, logits))
-
-    k_turn = gl.to_tensor(0)
-    for i in range(p.rest_turns):
-        number = i * width + columns
-        known = number < p.columns
-        kind = gl.load(p.code + number, mask=known, other=0)
-        bias = gl.load(p.rest_bias + number, mask=known, other=float("-inf"))
-        bias = gl.where(kind == -1, bias, float("-inf"))
-        at = k_turn % k_stages
-        mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
-        keys = p.k_bufs.index(at).permute((1, 0))
-        if WEIGHT == 0:
-            s = warpgroup_mma(q_buf, keys, nothing, use_acc=False)
-            mbarrier.arrive(p.k_free.index(at), count=1)
-            s = s * p.by + gl.expand_dims(bias, 0)
-            weights, m, mass, fade = _soften(s, m, mass)
-        else:
-            s_next = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
-            k_turn += 1
-            var_at = k_turn % k_stages
-            mbarrier.wait(p.k_ready.index(var_at), (k_turn // k_stages) & 1)
-            spread = p.k_bufs.index(var_at).permute((1, 0))
-            shift_next = warpgroup_mma(square_buf, spread, nothing, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s_next,))
-            mbarrier.arrive(p.k_free.index(at), count=1)
-            s = s * p.by + gl.expand_dims(bias, 0)
-            shift = warpgroup_mma_wait(0, deps=(shift_next,))
-            mbarrier.arrive(p.k_free.index(var_at), count=1)
-            if WEIGHT == 1:
-                # a factor, not a part of the exponent: a logarithm less for every weight
-                peak = gl.maximum(m, gl.max(s, 1))
-                safe = gl.where(peak == float("-inf"), 0.0, peak)
-                fade = gl.exp2(m - safe)
-                weights = gl.exp2(s - gl.expand_dims(safe, 1)) * (1.0 + shift)
-                m = peak
-                mass = mass * fade + gl.sum(weights, 1)
-            else:
-                s += shift * 1.4426950408889634
-                weights, m, mass, fade = _soften(s, m, mass)
-        k_turn += 1
-        acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
-        at = i % v_stages
-        mbarrier.wait(p.v_ready.index(at), (i // v_stages) & 1)
-        a = gl.convert_layout(weights.to(dtype), operand)
-        acc = warpgroup_mma(a, p.v_bufs.index(at), acc)
-        mbarrier.arrive(p.v_free.index(at), count=1)
-    rest_m = m
-    rest_mass = mass
-
-    turns = (p.every + boxes - 1) // boxes
-    if turns > 0:
-        at = k_turn % k_stages
-        mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
-        s = warpgroup_mma(q_buf, p.k_bufs.index(at).permute((1, 0)), nothing, use_acc=False)
-        mbarrier.arrive(p.k_free.index(at), count=1)
-        s = _hide(s * p.by, p.entries, gl.to_tensor(0), columns, BOX)
-        weights, m, mass, fade = _soften(s, m, mass)
-        acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
-        a = gl.convert_layout(weights.to(dtype), operand)
-        for i in range(1, turns):
-            k_turn += 1
-            at = k_turn % k_stages
-            mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
-            keys = p.k_bufs.index(at).permute((1, 0))
-            s_next = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
-            v_turn = p.rest_turns + i - 1
-            v_at = v_turn % v_stages
-            mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
-            acc_next = warpgroup_mma(a, p.v_bufs.index(v_at), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s_next,))
-            mbarrier.arrive(p.k_free.index(at), count=1)
-            if i >= p.full // boxes:
-                s = _hide(s * p.by, p.entries, i, columns, BOX)
-                weights, m, mass, fade = _soften(s, m, mass)
-            else:
-                weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
-            acc, a = warpgroup_mma_wait(0, deps=(acc_next, a))
-            mbarrier.arrive(p.v_free.index(v_at), count=1)
-            acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
-            a = gl.convert_layout(weights.to(dtype), operand)
-        v_turn = p.rest_turns + turns - 1
-        v_at = v_turn % v_stages
-        mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
-        acc = warpgroup_mma(a, p.v_bufs.index(v_at), acc)
-        mbarrier.arrive(p.v_free.index(v_at), count=1)
-    if FIRST_ORDER:
-        v_turn = p.rest_turns + turns
-        v_at = v_turn % v_stages
-        mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
-        none = gl.zeros([rows, depth], gl.float32, result)
-        first = warpgroup_mma(q_buf, p.v_bufs.index(v_at).slice(0, depth), none, use_acc=False)
-        fade = gl.where(rest_mass == 0.0, 0.0, rest_mass * gl.exp2(rest_m - m))
-        acc += first * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
-
-    total = gl.where(mass == 0.0, 1.0, mass)
-    norm = gl.where(mass == 0.0, float("-inf"), (m + gl.log2(total)) * 0.6931471805599453)
-    acc = acc / gl.expand_dims(gl.convert_layout(total, acc_row), 1)
-    target = p.out + gl.expand_dims(acc_token, 1) * p.out_l + gl.expand_dims(acc_column, 0)
-    gl.store(target, acc.to(p.out.dtype.element_ty), mask=gl.expand_dims(acc_inside, 1))
-    norm = gl.convert_layout(norm, acc_row)
-    gl.store(p.lse + acc_token, norm, mask=acc_inside)
+_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]))
 
 
 class _Parts:
@@ -304,6 +35,7 @@ class _Parts:
     q: gl.tensor
     tokens: gl.tensor
     count: gl.tensor
+    alone: gl.tensor
     q_l: gl.tensor
     init: gl.tensor
     init_lse: gl.tensor
@@ -311,8 +43,14 @@ class _Parts:
     out_l: gl.tensor
     lse: gl.tensor
     entries: gl.tensor
-    full: gl.tensor
-    every: gl.tensor
+    turns: gl.tensor
+    turn_1: gl.tensor
+    turn_2: gl.tensor
+    turn_3: gl.tensor
+    plain_0: gl.tensor
+    plain_1: gl.tensor
+    plain_2: gl.tensor
+    plain_3: gl.tensor
     by: gl.tensor
     scale: gl.tensor
     code: gl.tensor
@@ -324,6 +62,8 @@ class _Parts:
     cov_row: gl.tensor
     keys: tma.tensor_descriptor
     values: tma.tensor_descriptor
+    wide_keys: tma.tensor_descriptor
+    wide_values: tma.tensor_descriptor
     rest_keys: tma.tensor_descriptor
     rest_values: tma.tensor_descriptor
     rest_var: tma.tensor_descriptor
@@ -334,6 +74,10 @@ class _Parts:
     k_free: gl.shared_memory_descriptor
     v_ready: gl.shared_memory_descriptor
     v_free: gl.shared_memory_descriptor
+    cov_ready: gl.shared_memory_descriptor
+    joined: gl.shared_memory_descriptor
+    sums: gl.shared_memory_descriptor
+    handed: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(self, *values):
@@ -352,6 +96,14 @@ def attend_kernel(
     q,
     keys,
     values,
+    wide_keys,
+    wide_values,
+    keys_2,
+    values_2,
+    keys_4,
+    values_4,
+    keys_8,
+    values_8,
     rest_keys,
     rest_values,
     rest_var,
@@ -395,6 +147,7 @@ def attend_kernel(
     WEIGHT: gl.constexpr,
     FIRST_ORDER: gl.constexpr,
     INIT: gl.constexpr,
+    POOLED: gl.constexpr,
     D: gl.constexpr,
 ):
     head = gl.program_id(1)
@@ -418,20 +171,68 @@ def attend_kernel(
         k_free = gl.allocate_shared_memory(gl.int64, [k_stages, 1], signal)
         v_ready = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
         v_free = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
+        cov_ready = gl.allocate_shared_memory(gl.int64, [1], signal)
+        joined = gl.allocate_shared_memory(gl.int64, [1], signal)
+        sums = gl.allocate_shared_memory(
+            gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        )
         if WEIGHT != 0:
             square_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], shared)
+            handed = sums
         else:
             square_bufs = q_bufs
+            handed = gl.allocate_shared_memory(gl.float32, [64, D], _PLAIN)
         for stage in gl.static_range(k_stages):
             mbarrier.init(k_ready.index(stage), count=1)
-            mbarrier.init(k_free.index(stage), count=2)
         for stage in gl.static_range(2):
             mbarrier.init(v_ready.index(stage), count=1)
-            mbarrier.init(v_free.index(stage), count=2)
+        mbarrier.init(cov_ready, count=1)
+        mbarrier.init(joined, count=1)
+        # a buffer is free when all that read it are done
+        alone = ((span & _MASK) <= 64).to(gl.int32)
+        if WEIGHT == 0:
+            if alone == 1:
+                for stage in gl.static_range(2):
+                    mbarrier.init(k_free.index(stage), count=1)
+                    mbarrier.init(v_free.index(stage), count=1)
+            else:
+                for stage in gl.static_range(2):
+                    mbarrier.init(k_free.index(stage), count=2)
+                    mbarrier.init(v_free.index(stage), count=2)
+        else:
+            for stage in gl.static_range(k_stages):
+                mbarrier.init(k_free.index(stage), count=2)
+            for stage in gl.static_range(2):
+                mbarrier.init(v_free.index(stage), count=2)
+        # where each level's turns begin, and where they stop being plain
+        boxes: gl.constexpr = PER // BOX
+        if POOLED:
+            own = counts + row * 8
+            plain_0 = gl.load(own) // boxes
+            turn_1 = (gl.load(own + 1) + boxes - 1) // boxes
+            boxes_1: gl.constexpr = PER // keys_2.block_shape[0]
+            plain_1 = turn_1 + gl.load(own + 2) // boxes_1
+            turn_2 = turn_1 + (gl.load(own + 3) + boxes_1 - 1) // boxes_1
+            boxes_2: gl.constexpr = PER // keys_4.block_shape[0]
+            plain_2 = turn_2 + gl.load(own + 4) // boxes_2
+            turn_3 = turn_2 + (gl.load(own + 5) + boxes_2 - 1) // boxes_2
+            boxes_3: gl.constexpr = PER // keys_8.block_shape[0]
+            plain_3 = turn_3 + gl.load(own + 6) // boxes_3
+            turns = turn_3 + (gl.load(own + 7) + boxes_3 - 1) // boxes_3
+        else:
+            plain_0 = gl.load(counts + row * 2) // boxes
+            turns = (gl.load(counts + row * 2 + 1) + boxes - 1) // boxes
+            turn_1 = turns
+            turn_2 = turns
+            turn_3 = turns
+            plain_1 = turns
+            plain_2 = turns
+            plain_3 = turns
         parts = _Parts(
             q + b * q_b + h * q_h,
             q_perm + b * perm_b + h * perm_h + (span >> _BITS),
             span & _MASK,
+            alone,
             gl.to_tensor(q_l),
             init + head.to(gl.int64) * length * D,
             init_lse + head.to(gl.int64) * length,
@@ -439,8 +240,14 @@ def attend_kernel(
             gl.to_tensor(out_l),
             lse + head.to(gl.int64) * length,
             listed + row * num_tiles,
-            gl.load(counts + row * 2),
-            gl.load(counts + row * 2 + 1),
+            turns,
+            turn_1,
+            turn_2,
+            turn_3,
+            plain_0,
+            plain_1,
+            plain_2,
+            plain_3,
             scale * 1.4426950408889634,
             scale,
             code + b * code_b + h * code_h + block.to(gl.int64) * columns,
@@ -452,6 +259,8 @@ def attend_kernel(
             head * D,
             keys,
             values,
+            wide_keys,
+            wide_values,
             rest_keys,
             rest_values,
             rest_var,
@@ -462,17 +271,23 @@ def attend_kernel(
             k_free,
             v_ready,
             v_free,
+            cov_ready,
+            joined,
+            sums,
+            handed,
         )
-        first = (parts, 0, q_bufs.index(0), square_bufs.index(0), BOX, WEIGHT, FIRST_ORDER, INIT)
-        second = (parts, 1, q_bufs.index(1), square_bufs.index(1), BOX, WEIGHT, FIRST_ORDER, INIT)
+        q_0, q_1 = q_bufs.index(0), q_bufs.index(1)
+        square_0, square_1 = square_bufs.index(0), square_bufs.index(1)
+        pooled = (keys_2, values_2, keys_4, values_4, keys_8, values_8)
+        # constants would be none if these tuples had names
         gl.warp_specialize(
             [
-                (_consumer, first),
-                (_consumer, second),
-                (_producer, (parts, BOX, WEIGHT, FIRST_ORDER)),
+                (consumer, (parts, 0, q_0, square_0, BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)),
+                (consumer, (parts, 1, q_1, square_1, BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)),
+                (producer, (parts, pooled, BOX, WEIGHT, FIRST_ORDER, POOLED)),
             ],
             [4, 1],
-            [240, 24],
+            [232 if POOLED else 240, 40 if POOLED else 24],
         )
 
 
@@ -481,6 +296,7 @@ def attend(
     rest: RestTerms | None,
     box: int,
     onto: tuple[Tensor, Tensor] | None = None,
+    levels: bool = False,
 ) -> None:
     """A whole problem, on top of a partial if there is one.
 
@@ -489,6 +305,7 @@ def attend(
         rest: what stands in for the blocks of code -1.
         box: tokens of a key tile: 64, 32, 16 or 8.
         onto: attention over other keys, ``out`` ``[B, H, L, D]`` and ``lse`` ``[B, H, L]``.
+        levels: the lists are of `levels.packed_levels`.
     """
     q, out = problem.q, problem.out
     init, init_lse = (x.contiguous() for x in onto or (out, problem.lse))
@@ -501,40 +318,48 @@ def attend(
     first_order = rest is not None and rest.cov_sum is not None
     tables.append(terms["var"] if weight else tables[0])
     tables.append(terms["cov"] if first_order else tables[0])
-    attend_kernel[problem.grid](
-        q,
-        *(_described(x, box) for x in (problem.keys, problem.values)),
-        *(_described(x, 64) for x in tables),
-        problem.queries.perm,
-        *problem.q_tiles,
-        problem.listed,
-        problem.counts,
-        problem.code,
-        terms["bias"],
-        init,
-        init_lse,
-        out,
-        problem.lse,
-        heads,
-        length,
-        problem.keys.shape[2],
-        problem.code.shape[2],
-        columns,
-        problem.listed.shape[-1],
-        problem.grid[0],
-        0 if rest is None else -(-columns // _TURN),
-        problem.scale,
-        *q.stride()[:3],
-        *lead_strides(problem.queries.perm),
-        *lead_strides(problem.q_tiles.span),
-        *lead_strides(problem.code),
-        *lead_strides(terms["bias"]),
-        *out.stride()[:3],
+    sizes = (box, 64, *(box_of(level, box) if levels else box for level in LEVELS[1:]))
+    launch(
+        attend_kernel,
+        problem.grid,
+        (
+            q,
+            *(_described(x, size) for size in sizes for x in (problem.keys, problem.values)),
+            *(_described(x, 64) for x in tables),
+            problem.queries.perm,
+            *problem.q_tiles,
+            problem.listed,
+            problem.counts,
+            problem.code,
+            terms["bias"],
+            init,
+            init_lse,
+            out,
+            problem.lse,
+        ),
+        (
+            heads,
+            length,
+            problem.keys.shape[2],
+            problem.code.shape[2],
+            columns,
+            problem.listed.shape[-1],
+            problem.grid[0],
+            0 if rest is None else -(-columns // TURN),
+            problem.scale,
+            *q.stride()[:3],
+            *lead_strides(problem.queries.perm),
+            *lead_strides(problem.q_tiles.span),
+            *lead_strides(problem.code),
+            *lead_strides(terms["bias"]),
+            *out.stride()[:3],
+        ),
         BOX=box,
-        PER=_TURN,
+        PER=TURN,
         WEIGHT=weight,
         FIRST_ORDER=first_order,
         INIT=onto is not None,
+        POOLED=levels,
         D=depth,
         **LAUNCH,
     )
@@ -545,33 +370,45 @@ def _described(x: Tensor, box: int) -> Any:
     return TensorDescriptor.from_tensor(rows, [box, x.shape[-1]], shared_layout())
 
 
+@lru_cache(maxsize=1)
 def shared_layout() -> Any:
     """How rows lie in shared memory."""
     return gl.NVMMASharedLayout(128, 16, 2)
 
 
-def _specimen(dtype: str, depth: int, box: int, weight: int, first_order: bool) -> Specimen:
-    bits = {size: f"tensordesc<{dtype}[{size}, {depth}],{shared_layout()!r}>" for size in (box, 64)}
+def _specimen(
+    dtype: str, depth: int, box: int, weight: int, first_order: bool, pooled: bool = False
+) -> Specimen:
+    sizes = {level: box_of(level, box) if pooled else box for level in LEVELS[1:]}
+    bits = {
+        size: f"tensordesc<{dtype}[{size}, {depth}],{shared_layout()!r}>"
+        for size in (box, 64, *sizes.values())
+    }
     signature = {
         **dict.fromkeys(("q", "init", "out"), f"*{dtype}"),
         **dict.fromkeys(("q_perm", "q_block", "q_span", "listed", "counts"), "*i32"),
         **dict.fromkeys(("init_lse", "lse", "rest_bias"), "*fp32"),
         **dict.fromkeys(("keys", "values"), bits[box]),
+        **dict.fromkeys(("wide_keys", "wide_values"), bits[64]),
+        **{f"keys_{level}": bits[size] for level, size in sizes.items()},
+        **{f"values_{level}": bits[size] for level, size in sizes.items()},
         **dict.fromkeys(("rest_keys", "rest_values", "rest_var", "cov"), bits[64]),
         "code": "*i8",
         "scale": "fp32",
     }
     constants = {
         "BOX": box,
-        "PER": _TURN,
+        "PER": TURN,
         "WEIGHT": weight,
         "FIRST_ORDER": first_order,
         "INIT": False,
+        "POOLED": pooled,
         "D": depth,
     }
     names = attend_kernel.arg_names
     signature |= {n: "i32" for n in names if n not in signature and n not in constants}
     name = f"attend {dtype} D{depth} box {box} weight {weight}{' first order' * first_order}"
+    name += " levels" * pooled
     return Specimen(name, attend_kernel, signature, constants, LAUNCH, least=90, most=90)
 
 
@@ -583,4 +420,6 @@ SPECIMENS = [
     _specimen("fp16", 128, 64, 2, True),
     _specimen("bf16", 64, 64, 1, True),
     _specimen("bf16", 64, 8, 0, False),
+    _specimen("bf16", 128, 64, 0, False, pooled=True),
+    _specimen("fp16", 64, 16, 0, False, pooled=True),
 ]

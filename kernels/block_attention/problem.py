@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.gather import gather_rows
+from dit_accel.kernels.gather import gather_both, specimen_of_both
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
     BLOCK_BIT,
@@ -24,7 +26,7 @@ from dit_accel.kernels.packed import (
 )
 from dit_accel.kernels.specimen import Specimen, typed
 
-_AHEAD = 16
+AHEAD = 16
 """Empty entries after every list: what a kernel may read beyond it."""
 _LIST_BYTES = 256 * 2**20
 """What the lists of pooled tiles may take at once."""
@@ -92,7 +94,8 @@ def pack_kernel(
 
 @triton.jit(do_not_specialize=["heads", "rows", "height", "base", "span_b", "span_h"])
 def pool_kernel(
-    table,
+    keys,
+    values,
     span,
     heads,
     rows,
@@ -100,11 +103,11 @@ def pool_kernel(
     base,
     span_b,
     span_h,
-    LEVEL: tl.constexpr,
+    MOST: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Means of up to so many rows of a table, written behind them."""
+    """Means of up to so many rows of both tables, written behind them."""
     head = tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -112,22 +115,15 @@ def pool_kernel(
     where = tl.load(span + b * span_b + h * span_h + place, mask=inside, other=0)
     count = where & _MASK
     depth = tl.arange(0, D)[None, :]
-    own = table + head.to(tl.int64) * height * D
+    first = head.to(tl.int64) * height * D
+    table = (keys if tl.program_id(2) == 0 else values) + first
     total = tl.zeros([ROWS, D], tl.float32)
-    for i in tl.static_range(LEVEL):
+    for i in tl.static_range(MOST):
         row = ((where >> _BITS) + i)[:, None] * D + depth
-        total += tl.load(own + row, mask=(i < count)[:, None], other=0.0).to(tl.float32)
+        total += tl.load(table + row, mask=(i < count)[:, None], other=0.0).to(tl.float32)
     mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
-    target = own + (base + place)[:, None] * D + depth
-    tl.store(target, mean.to(table.dtype.element_ty), mask=inside[:, None])
-
-
-def gathered(x: Tensor, order: Compact) -> Tensor:
-    """``[B, H, L, D]``, contiguous, in the order; zero where it has -1."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    gather_rows(x, order.perm, out, 0, x.shape[0] * x.shape[1])
-    return out
+    target = table + (base + place)[:, None] * D + depth
+    tl.store(target, mean.to(keys.dtype.element_ty), mask=inside[:, None])
 
 
 def tiles_of(order: Compact, length: int, size: int, longest: int | None) -> Tiles:
@@ -144,7 +140,7 @@ class Problem(NamedTuple):
     """A call as kernels read it: queries and keys in order, a packed plan, where results go."""
 
     q: Tensor  # [B, H, L, D], rows of any stride
-    keys: Tensor  # [B, H, L, D], contiguous, in order
+    keys: Tensor  # [B, H, L or more, D], contiguous, in order, means behind them
     values: Tensor
     queries: Compact
     q_tiles: Tiles
@@ -167,65 +163,63 @@ def packed(
     """Every row's exact tiles as a list, ``[B, H, Nq, T + 2]``, and how many, ``[B, H, Nq, 2]``."""
     rows, columns = code.shape[2:]
     num_tiles = k_tiles.span.shape[-1]
-    listed = code.new_empty((batch, heads, rows, num_tiles + _AHEAD), dtype=torch.int32)
+    listed = code.new_empty((batch, heads, rows, num_tiles + AHEAD), dtype=torch.int32)
     counts = code.new_empty((batch, heads, rows, 2), dtype=torch.int32)
-    pack_kernel[(rows, batch * heads)](
-        code,
-        k_tiles.block,
-        k_tiles.span,
-        listed,
-        counts,
-        heads,
-        rows,
-        columns,
-        num_tiles,
-        *lead_strides(code),
-        *lead_strides(k_tiles.span),
+    launch(
+        pack_kernel,
+        (rows, batch * heads),
+        (code, k_tiles.block, k_tiles.span, listed, counts),
+        (
+            *(heads, rows, columns, num_tiles),
+            *(*lead_strides(code), *lead_strides(k_tiles.span)),
+        ),
         SIZE=size,
         CHUNK=_CHUNK,
-        AHEAD=_AHEAD,
+        AHEAD=AHEAD,
     )
     return listed, counts
 
 
-def table_of(x: Tensor, order: Compact, pyramid: Pooled | None) -> Tensor:
-    """Keys or values in the order, and behind them the means of every level."""
-    if pyramid is None:
-        return gathered(x, order)
-    batch, heads, length, depth = x.shape
-    table = torch.empty(batch, heads, pyramid.height, depth, dtype=x.dtype, device=x.device)
-    table[:, :, :length] = gathered(x, order)
-    base = length
-    for level, span in pyramid.rows.items():
-        rows = span.shape[-1]
-        pool_kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
-            table,
-            span,
-            heads,
-            rows,
-            pyramid.height,
-            base,
-            *lead_strides(span),
-            LEVEL=level,
+def tables_of(
+    k: Tensor, v: Tensor, order: Compact, pyramid: Pooled | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values in the order, and behind them the means of every level."""
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    batch, heads, length, depth = k.shape
+    height = length if pyramid is None else pyramid.height
+    keys, values = (
+        torch.empty(batch, heads, height, depth, dtype=x.dtype, device=x.device) for x in (k, v)
+    )
+    gather_both(k, v, order.perm, keys, values)
+    if pyramid is not None:
+        rows = pyramid.span.shape[-1]
+        launch(
+            pool_kernel,
+            (-(-rows // _ROWS), batch * heads, 2),
+            (keys, values, pyramid.span),
+            (heads, rows, height, length, *lead_strides(pyramid.span)),
+            MOST=max(pyramid.widths),
             D=depth,
             ROWS=_ROWS,
+            num_warps=4,
         )
-        base += rows
-    return table
+    return keys, values
+
+
+def some_of(x: Tensor, batch: slice, heads: slice) -> Tensor:
+    """Some heads of ``[B|1, H|1, ...]``."""
+    x = x[batch] if x.shape[0] > 1 else x
+    return x[:, heads] if x.shape[1] > 1 else x
 
 
 def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Problem]:
     """The pooled tiles of a problem, some heads at a time: their lists are long."""
     batch, heads, rows, _ = problem.counts.shape
-    each = rows * (pyramid.tiles.span.shape[-1] + _AHEAD) * 4
+    each = rows * (pyramid.tiles.span.shape[-1] + AHEAD) * 4
     step = max(1, _LIST_BYTES // each)
     for b in range(batch):
         for h in range(0, heads, step):
-
-            def cut(x: Tensor, b: int = b, h: int = h) -> Tensor:
-                x = x[b : b + 1] if x.shape[0] > 1 else x
-                return x[:, h : h + step] if x.shape[1] > 1 else x
-
+            cut = partial(some_of, batch=slice(b, b + 1), heads=slice(h, h + step))
             q, code = cut(problem.q), cut(problem.code).contiguous()
             found = Tiles(*(cut(x) for x in pyramid.tiles))
             listed, counts = packed(code, found, 1, q.shape[1], size)
@@ -244,17 +238,18 @@ def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Probl
 
 
 def _specimens() -> list[Specimen]:
-    pack = {"SIZE": 64, "CHUNK": _CHUNK, "AHEAD": _AHEAD}
+    pack = {"SIZE": 64, "CHUNK": _CHUNK, "AHEAD": AHEAD}
     pointers = {**dict.fromkeys(("block", "span", "listed", "counts"), "*i32"), "code": "*i8"}
-    pool = {"LEVEL": 8, "D": 128, "ROWS": _ROWS}
+    pool = {"MOST": 8, "D": 128, "ROWS": _ROWS}
     return [
         Specimen("pack", pack_kernel, typed(pack_kernel, pack, **pointers), pack),
         Specimen(
             "pool bf16 D128",
             pool_kernel,
-            typed(pool_kernel, pool, table="*bf16", span="*i32"),
+            typed(pool_kernel, pool, keys="*bf16", values="*bf16", span="*i32"),
             pool,
         ),
+        specimen_of_both(128, "bf16"),
     ]
 
 

@@ -17,14 +17,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
-from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
+from dit_accel.kernels.block_attention.levels import SPECIMENS as LEVEL_SPECIMENS
+from dit_accel.kernels.block_attention.levels import box_of, head_groups, level_problem
 from dit_accel.kernels.block_attention.problem import (
+    AHEAD,
     Problem,
     packed,
     pooled_parts,
-    table_of,
+    tables_of,
     tiles_of,
 )
+from dit_accel.kernels.block_attention.problem import SPECIMENS as PLAN_SPECIMENS
+from dit_accel.kernels.block_attention.runs import SPECIMENS as RUN_SPECIMENS
+from dit_accel.kernels.block_attention.runs import packed_runs
+from dit_accel.kernels.block_attention.tables import SPECIMENS as TABLE_SPECIMENS
+from dit_accel.kernels.block_attention.tables import rest_tables
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.merge.triton import merge
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
@@ -38,7 +46,7 @@ from dit_accel.kernels.packed import (
 from dit_accel.kernels.specimen import Specimen
 
 LOG2E = 1.4426950408889634
-_POOLED_BOX, _POOLED_TILE = 8, 16
+_POOLED_TILE = 16
 """Means in a tile: a block of 64 keys has 8 of the coarsest level, and a product wants 16."""
 WEIGHTS = {"plain": 0, "second": 1, "gaussian": 2}
 _BITS = tl.constexpr(START_BIT)
@@ -227,7 +235,10 @@ def block_attention(
     levels: tuple[int, ...] = (),
     onto: tuple[Tensor, Tensor] | None = None,
     setting: dict[str, Any] | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if into is None:
+        into = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     chosen = {**_setting(q, k_longest), **(setting or {})}
     bm, bn, on_hopper = chosen.pop("BM"), chosen.pop("BN"), chosen.pop("hopper")
     queries, keys = compact(q_perm, q_offsets, None), compact(k_perm, k_offsets, key_valid)
@@ -236,47 +247,64 @@ def block_attention(
     length = k.shape[2]
     pyramid = None
     if levels:
-        box = _POOLED_BOX if on_hopper else _POOLED_TILE
         pyramid = remembered(
             keys.perm,
             keys.offsets,
-            ("pooled", levels, box, k_longest),
-            lambda: pooled(keys.offsets, length, levels, box, k_longest),
+            ("pooled", levels, bn if on_hopper else 0, k_longest),
+            lambda: pooled(
+                keys.offsets,
+                length,
+                levels,
+                (lambda level: box_of(level, bn)) if on_hopper else _POOLED_TILE,
+                k_longest,
+            ),
         )
-    k_tiles = tiles_of(keys, length, bn, k_longest)
-    listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
+    if pyramid is not None and on_hopper:
+        from dit_accel.kernels.block_attention import hopper
+
+        k_tiles = tiles_of(keys, length, bn, k_longest)
+        out, lse = into
+        for some in head_groups(k, pyramid, whole=rest is not None):
+            part = level_problem(some, q, k, v, code, queries, q_tiles, keys, k_tiles, pyramid, bn)
+            part = part._replace(scale=scale, out=some(out), lse=some(lse))
+            before = None if onto is None else (some(onto[0]), some(onto[1]))
+            hopper.attend(part, rest, bn, before, levels=True)
+        return out, lse
+    if k_longest is None:
+        listed, counts = packed_runs(code, keys.offsets, q.shape[0], q.shape[1], length, bn, AHEAD)
+    else:
+        k_tiles = tiles_of(keys, length, bn, k_longest)
+        listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
-        table_of(k, keys, pyramid),
-        table_of(v, keys, pyramid),
+        *tables_of(k, v, keys, pyramid),
         queries,
         q_tiles,
         listed,
         counts,
         code,
         scale,
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
+        *into,
     )
 
     def attend(problem: Problem, rest: RestTerms | None, size: int, onto: Any) -> None:
+        # a first-order term goes by the rest's share of the mass, and `onto` would be part of it
+        within = on_hopper and (rest is None or rest.cov_sum is None)
         if on_hopper:
             from dit_accel.kernels.block_attention import hopper
 
-            hopper.attend(problem, rest, size, onto)
+            hopper.attend(problem, rest, size, onto if within else None)
         else:
             _attend(problem, rest, bm, size, chosen)
-            if onto is not None:
-                made = merge(problem.out, problem.lse, *onto)
-                for mine, new in zip((problem.out, problem.lse), made, strict=True):
-                    mine.copy_(new)
+        if onto is not None and not within:
+            made = merge(problem.out, problem.lse, *onto)
+            for mine, new in zip((problem.out, problem.lse), made, strict=True):
+                mine.copy_(new)
 
     attend(problem, rest, bn, onto)
     if pyramid is not None:
-        for part in pooled_parts(problem, pyramid, box):
-            # Hopper's kernel reads a row before it writes it
-            before = part.out, part.lse
-            attend(part, None, box, before if on_hopper else tuple(x.clone() for x in before))
+        for part in pooled_parts(problem, pyramid, _POOLED_TILE):
+            attend(part, None, _POOLED_TILE, (part.out.clone(), part.lse.clone()))
     return problem.out, problem.lse
 
 
@@ -293,30 +321,35 @@ def _attend(
         for x in (problem.keys, problem.values)
     ]
     terms = rest_tables(rest, q, problem.scale)
-    attend_kernel[problem.grid](
-        q,
-        *described,
-        problem.queries.perm,
-        *problem.q_tiles,
-        problem.listed,
-        problem.counts,
-        problem.code,
-        *terms.values(),
-        problem.out,
-        problem.lse,
-        q.shape[1],
-        q.shape[2],
-        problem.keys.shape[2],
-        *problem.code.shape[2:],
-        problem.listed.shape[-1],
-        problem.grid[0],
-        problem.scale,
-        *q.stride()[:3],
-        *lead_strides(problem.queries.perm),
-        *lead_strides(problem.q_tiles.span),
-        *lead_strides(problem.code),
-        *lead_strides(terms["bias"]),
-        *problem.out.stride()[:3],
+    launch(
+        attend_kernel,
+        problem.grid,
+        (
+            q,
+            *described,
+            problem.queries.perm,
+            *problem.q_tiles,
+            problem.listed,
+            problem.counts,
+            problem.code,
+            *terms.values(),
+            problem.out,
+            problem.lse,
+        ),
+        (
+            *q.shape[1:3],
+            problem.keys.shape[2],
+            *problem.code.shape[2:],
+            problem.listed.shape[-1],
+            problem.grid[0],
+            problem.scale,
+            *q.stride()[:3],
+            *lead_strides(problem.queries.perm),
+            *lead_strides(problem.q_tiles.span),
+            *lead_strides(problem.code),
+            *lead_strides(terms["bias"]),
+            *problem.out.stride()[:3],
+        ),
         D=depth,
         BM=bm,
         BN=bn,
@@ -343,23 +376,6 @@ def _setting(q: Tensor, k_longest: int | None) -> dict[str, Any]:
         "num_warps": 4 if wide else 8,
         "hopper": hopper,
     }
-
-
-def rest_tables(rest: RestTerms | None, like: Tensor, scale: float) -> dict[str, Tensor]:
-    """Tables of the rest in the inputs' dtype; logits' parts in powers of two."""
-    empty = torch.empty(1, 1, 1, dtype=torch.float32, device=like.device)
-    if rest is None:
-        return {"k": like, "v": like, "var": like, "bias": empty, "cov": like}
-    made = {"k": rest.k_mean.to(like.dtype), "v": rest.v_mean.to(like.dtype)}
-    made["var"] = like
-    if rest.k_var is not None and rest.weight != "plain":
-        made["var"] = (rest.k_var * 0.5).to(like.dtype).contiguous()
-    made["bias"] = (rest.count.float().log() * LOG2E).contiguous()
-    made["cov"] = like
-    if rest.cov_sum is not None:
-        tokens = rest.count[..., : rest.num_video].sum(-1).clamp(min=1)[..., None, None]
-        made["cov"] = (rest.cov_sum * scale / tokens).to(like.dtype).contiguous()
-    return {name: tensor.contiguous() if name in "kv" else tensor for name, tensor in made.items()}
 
 
 def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, Any]) -> Specimen:
@@ -389,19 +405,25 @@ def _specimen(name: str, dtype: str, depth: int, rest: bool, setting: dict[str, 
     return Specimen(name, attend_kernel, signature, constants, options)
 
 
-SPECIMENS = PLAN_SPECIMENS + (
-    [
-        _specimen(
-            f"attend {dtype} D{depth}{' rest' if rest else ''}",
-            dtype,
-            depth,
-            rest,
-            {"BM": 128, "BN": 64, "STAGES": 2, "num_warps": 8},
-        )
-        for dtype in ("bf16", "fp16")
-        for depth in (64, 128)
-        for rest in (False, True)
-    ]
-    if isinstance(attend_kernel, triton.JITFunction)
-    else []
+SPECIMENS = (
+    PLAN_SPECIMENS
+    + LEVEL_SPECIMENS
+    + RUN_SPECIMENS
+    + TABLE_SPECIMENS
+    + (
+        [
+            _specimen(
+                f"attend {dtype} D{depth}{' rest' if rest else ''}",
+                dtype,
+                depth,
+                rest,
+                {"BM": 128, "BN": 64, "STAGES": 2, "num_warps": 8},
+            )
+            for dtype in ("bf16", "fp16")
+            for depth in (64, 128)
+            for rest in (False, True)
+        ]
+        if isinstance(attend_kernel, triton.JITFunction)
+        else []
+    )
 )

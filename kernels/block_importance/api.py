@@ -17,6 +17,7 @@ def block_importance(
     k_tokens: Tensor,
     k_bounds: Tensor,
     scale: float,
+    k_longest: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``Σ_{n∈i} Σ_{m∈j} softmax_m(s q_n·k_m)`` for every pair of blocks of sampled tokens.
@@ -30,6 +31,7 @@ def block_importance(
         q_bounds, k_bounds: int32 ``[B|1, H|1, N + 1]``, from 0, where the samples are cut into
             blocks. Empty blocks are allowed.
         scale: of the logits.
+        k_longest: samples of the longest block of keys, where the caller knows; never less.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``; a named one never falls back.
 
     Returns:
@@ -63,5 +65,5 @@ def block_importance(
     chosen = resolve(backend, q, ("auto", "reference", "triton"), triton_refusal(q))
     run = implementation("block_importance", chosen).block_importance
     with torch.no_grad():
-        importance: Tensor = run(q, k, q_tokens, q_bounds, k_tokens, k_bounds, scale)
+        importance: Tensor = run(q, k, q_tokens, q_bounds, k_tokens, k_bounds, scale, k_longest)
     return importance

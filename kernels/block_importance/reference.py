@@ -19,6 +19,7 @@ def block_importance(
     k_tokens: Tensor,
     k_bounds: Tensor,
     scale: float,
+    k_longest: int | None = None,
 ) -> Tensor:
     work = working_dtype(q.dtype)
     batch, heads = q.shape[:2]

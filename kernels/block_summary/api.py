@@ -61,6 +61,7 @@ def block_mean(
     perm: Tensor,
     offsets: Tensor,
     valid: Tensor | None = None,
+    longest: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Mean of every block's tokens.
@@ -70,6 +71,7 @@ def block_mean(
         perm: int64 ``[B|1, H|1, L]``.
         offsets: int32 ``[B|1, H|1, N + 1]``.
         valid: bool ``[B, L]``; tokens to count, all by default.
+        longest: tokens of the longest block, where the caller knows; never less.
         backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
@@ -79,7 +81,8 @@ def block_mean(
     check_valid(valid, x)
     chosen = resolve(backend, x, BACKENDS, triton_refusal(x))
     run = implementation("block_summary", chosen).block_mean
-    mean: Tensor = run(x, perm, offsets, valid)
+    known = {"longest": longest} if chosen == "triton" else {}
+    mean: Tensor = run(x, perm, offsets, valid, **known)
     return mean
 
 
@@ -93,6 +96,7 @@ def block_summary(
     key_valid: Tensor | None = None,
     k_var: bool = False,
     cov: bool = False,
+    longest: int | None = None,
     backend: str = "auto",
 ) -> BlockSummary:
     """Means, counts and, if asked for, variances and covariances of every key block.
@@ -107,6 +111,7 @@ def block_summary(
         key_valid: bool ``[B, L]``; keys that count, all by default.
         k_var: compute ``k_var``.
         cov: compute ``cov_sum`` and ``cov_norm``.
+        longest: tokens of the longest block, where the caller knows; never less.
         backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
@@ -118,8 +123,8 @@ def block_summary(
         raise ValueError(f"k, v: expected one shape, got {list(k.shape)} and {list(v.shape)}")
     check_blocks("k", perm, offsets, k)
     check_valid(key_valid, k)
-    run = implementation(
-        "block_summary", resolve(backend, k, BACKENDS, triton_refusal(k))
-    ).block_summary
-    found: BlockSummary = run(k, v, perm, offsets, num_video, key_valid, k_var, cov)
+    chosen = resolve(backend, k, BACKENDS, triton_refusal(k))
+    run = implementation("block_summary", chosen).block_summary
+    known = {"longest": longest} if chosen == "triton" else {}
+    found: BlockSummary = run(k, v, perm, offsets, num_video, key_valid, k_var, cov, **known)
     return found

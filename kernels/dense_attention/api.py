@@ -10,9 +10,9 @@ from torch import Tensor
 from dit_accel.kernels.block_summary.api import check_valid
 from dit_accel.kernels.dense_attention.backends import attend, why_not
 
-PARTIAL_BACKENDS: Final = ("auto", "xformers", "flash", "chunked")
-"""Of partial attention: ``xformers``; ``flash``, torch's own flash attention; and ``chunked``,
-plain torch, anywhere, fp32 inside."""
+PARTIAL_BACKENDS: Final = ("auto", "flash3", "xformers", "flash", "chunked")
+"""Of partial attention: ``flash3``, FlashAttention-3; ``xformers``; ``flash``, torch's own flash
+attention; and ``chunked``, plain torch, anywhere, fp32 inside."""
 
 
 def dense_attention(
@@ -63,10 +63,10 @@ def partial_attention(
         k, v: ``[B, H, Lk, D]`` in ``q``'s dtype, any number of them, any strides.
         key_valid: bool ``[B, Lk]``; ``False`` keys contribute nothing, whatever they hold.
         scale: of the logits; ``D ** -0.5`` by default.
-        backend: one of `PARTIAL_BACKENDS`. ``"auto"`` is the first of ``"xformers"`` (where it is
-            installed, on CUDA), ``"flash"`` (on CUDA fp16 or bf16, ``D`` a multiple of 8 up to 256)
-            and ``"chunked"`` that can run; with a key mask it is the last. A named one never falls
-            back.
+        backend: one of `PARTIAL_BACKENDS`. ``"auto"`` is the first of ``"flash3"`` and
+            ``"xformers"`` (where they are installed, on CUDA), ``"flash"`` (on CUDA fp16 or bf16,
+            ``D`` a multiple of 8 up to 256) and ``"chunked"`` that can run; with a key mask it is
+            the last. A named one never falls back.
 
     Returns:
         ``out`` ``[B, H, Lq, D]`` in ``q``'s dtype; ``lse`` ``[B, H, Lq]``, natural log, in fp32
@@ -76,7 +76,7 @@ def partial_attention(
         ValueError: shapes, dtypes or devices do not fit, gradients are asked for, or the named
             backend cannot run this.
     """
-    from dit_accel.kernels.dense_attention import chunked, flash, xformers_ops
+    from dit_accel.kernels.dense_attention import chunked, flash, flash3, xformers_ops
 
     if backend not in PARTIAL_BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(PARTIAL_BACKENDS)}, got {backend!r}")
@@ -89,6 +89,7 @@ def partial_attention(
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=work)
     choices = {
+        "flash3": (flash3.refuses, flash3.partial_attention),
         "xformers": (xformers_ops.refuses, xformers_ops.partial_attention),
         "flash": (flash.refuses, flash.partial_attention),
     }

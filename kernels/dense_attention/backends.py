@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_accel.kernels.dense_attention import xformers_ops
+from dit_accel.kernels.dense_attention import flash3, xformers_ops
 
-BACKENDS: Final = ("sdpa", "cudnn", "flash", "xformers")
-"""torch's own choice, torch's cuDNN, torch's FlashAttention, and xformers."""
+BACKENDS: Final = ("sdpa", "cudnn", "flash", "flash3", "xformers")
+"""torch's own choice, torch's cuDNN, torch's FlashAttention, FlashAttention-3, and xformers."""
 
 _TORCH: Final[dict[str, tuple[SDPBackend, Callable[[Any, bool], bool]]]] = {
     "cudnn": (SDPBackend.CUDNN_ATTENTION, can_use_cudnn_attention),
@@ -46,6 +46,8 @@ def why_not(
         return None
     if backend == "xformers":
         return xformers_ops.why_not(q, k, v)
+    if backend == "flash3":
+        return flash3.why_not(q, k, v)
     on_cpu = not torch.cuda.is_available() if q is None else q.device.type == "cpu"
     if on_cpu:
         # torch has FlashAttention for CPUs too, for any dtype and head size
@@ -76,7 +78,8 @@ def attend(
     """``softmax(scale · q kᵀ) v`` over the valid keys, by a backend that can run this."""
     if backend == "sdpa":
         return _sdpa(q, k, v, key_valid, scale)
-    run = xformers_ops.attention if backend == "xformers" else _forced(backend)
+    others = {"xformers": xformers_ops.attention, "flash3": flash3.attention}
+    run = others.get(backend) or _forced(backend)
     if key_valid is None:
         return run(q, k, v, scale)
     count, after = torch.stack([key_valid.sum(-1), _after_last(key_valid)]).tolist()

@@ -1,9 +1,10 @@
 """The error probe in Triton: one pass over the keys, by chunks of blocks.
 
 Every pair of a row and a block has a peak and a sum of its own, rescaled as its keys go by, so a
-program needs no one else's; the peaks of a row meet when all is done. The queries are few and
-means, often of thousands: for keys of 16 bits they are split into two numbers of 16 bits, and the
-logits are as good as in fp32 at twice the products.
+program needs no one else's; the peaks of a row meet when all is done. Blocks are cut into tiles,
+and a program takes one after the other, of whatever block, so that the next keys are on their way.
+The queries are few and means, often of thousands: for keys of 16 bits they are split into two
+numbers of 16 bits, and the logits are as good as in fp32 at twice the products.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
+from dit_accel.kernels.packed import BLOCK_BIT, LENGTH_BITS, START_BIT, compact, tiles
 from dit_accel.kernels.specimen import Specimen, typed
 from dit_accel.kernels.tuning import SPACES, setting
 
 LOG2E = tl.constexpr(1.4426950408889634)
+_BITS = tl.constexpr(START_BIT)
+_BLOCK = tl.constexpr(BLOCK_BIT)
+_MASK = tl.constexpr((1 << LENGTH_BITS) - 1)
 _PROGRAMS = 2048
 """As many programs as keep a large GPU busy, if the blocks can be cut into so many chunks."""
 
 
-@triton.jit(
-    do_not_specialize=["heads", "rows", "blocks", "chunk", "perm_b", "perm_h", "off_b", "off_h"]
-)
+@triton.jit(do_not_specialize=["heads", "rows", "blocks", "chunk"])
 def _probe(
     q_ptr,
     k_ptr,
     weight_ptr,
     perm_ptr,
-    off_ptr,
-    valid_ptr,
+    block_ptr,
+    span_ptr,
+    first_ptr,
     sum_ptr,
     peak_ptr,
     k_b,
@@ -42,9 +46,10 @@ def _probe(
     weight_q,
     perm_b,
     perm_h,
-    off_b,
-    off_h,
-    valid_b,
+    tile_b,
+    tile_h,
+    first_b,
+    first_h,
     scale,
     heads,
     rows,
@@ -53,8 +58,8 @@ def _probe(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    HAS_VALID: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     tiles = tl.cdiv(rows, BM)
     tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -72,45 +77,46 @@ def _probe(
     fine = (query - coarse.to(tl.float32)).to(k_ptr.dtype.element_ty)
 
     k_ptr += b * k_b + h * k_h
-    weight_ptr += b * weight_b + h * weight_h
+    weight_ptr += b * weight_b + h * weight_h + row.to(tl.int64) * weight_q
     perm_ptr += b * perm_b + h * perm_h
-    off_ptr += b * off_b + h * off_h
-    valid_ptr += b * valid_b
-    sum_ptr += pair * blocks * rows
-    peak_ptr += pair * blocks * rows
+    block_ptr += b * tile_b + h * tile_h
+    span_ptr += b * tile_b + h * tile_h
+    first_ptr += b * first_b + h * first_h
+    sum_ptr += pair * blocks * rows + row
+    peak_ptr += pair * blocks * rows + row
 
-    for j in range(part * chunk, tl.minimum(part * chunk + chunk, blocks)):
-        start = tl.load(off_ptr + j).to(tl.int32)
-        stop = tl.load(off_ptr + j + 1).to(tl.int32)
-        weight = tl.load(weight_ptr + row.to(tl.int64) * weight_q + j, mask=there, other=0.0)
-        weight = weight.to(tl.float32) * LOG2E
-        peak = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        for first in range(start, stop, BN):
-            place = first + tl.arange(0, BN)
-            keep = place < stop
-            token = tl.load(perm_ptr + place, mask=keep, other=0)
-            if HAS_VALID:
-                keep = keep & (tl.load(valid_ptr + token, mask=keep, other=0) != 0)
-            key = tl.load(
-                k_ptr + token[None, :] * k_l + depth[:, None], mask=keep[None, :], other=0.0
-            )
-            logit = tl.dot(coarse, key, input_precision="ieee")
-            if SPLIT:
-                logit = tl.dot(fine, key, logit)
-            logit = tl.where(keep[None, :], logit, float("-inf"))
-            top = tl.max(logit, 1)
-            # a stand-in of a block without a valid key so far is nobody's peak
-            instead = tl.where(tl.max(keep.to(tl.int32), 0) > 0, weight, float("-inf"))
-            new = tl.maximum(peak, tl.maximum(top, instead))
-            base = tl.where(new == float("-inf"), 0.0, new)
-            off = tl.exp2(logit - base[:, None]) - tl.exp2(instead - base)[:, None]
-            off = tl.where(keep[None, :], tl.abs(off), 0.0)
-            total = total * tl.exp2(peak - base) + tl.sum(off, 1)
-            peak = new
-        where = j * rows + row
-        tl.store(sum_ptr + where, total, mask=there)
-        tl.store(peak_ptr + where, peak, mask=there)
+    begin = tl.load(first_ptr + part * chunk)
+    end = tl.load(first_ptr + tl.minimum(part * chunk + chunk, blocks))
+    current = -1
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for i in tl.range(begin, end, num_stages=STAGES):
+        where = tl.load(span_ptr + i)
+        j = tl.load(block_ptr + i) >> _BLOCK
+        keep = tl.arange(0, BN) < (where & _MASK)
+        token = tl.load(perm_ptr + (where >> _BITS) + tl.arange(0, BN), mask=keep, other=0)
+        key = tl.load(
+            k_ptr + token.to(tl.int64)[None, :] * k_l + depth[:, None],
+            mask=keep[None, :],
+            other=0.0,
+        )
+        instead = tl.load(weight_ptr + j, mask=there, other=0.0).to(tl.float32) * LOG2E
+        logit = tl.dot(coarse, key, input_precision="ieee")
+        if SPLIT:
+            logit = tl.dot(fine, key, logit)
+        logit = tl.where(keep[None, :], logit, float("-inf"))
+        peak = tl.where(j == current, peak, float("-inf"))
+        total = tl.where(j == current, total, 0.0)
+        current = j
+        new = tl.maximum(peak, tl.maximum(tl.max(logit, 1), instead))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        off = tl.exp2(logit - base[:, None]) - tl.exp2(instead - base)[:, None]
+        off = tl.where(keep[None, :], tl.abs(off), 0.0)
+        total = total * tl.exp2(peak - base) + tl.sum(off, 1)
+        peak = new
+        # the last tile of a block has the last word
+        tl.store(sum_ptr + j.to(tl.int64) * rows, total, mask=there)
+        tl.store(peak_ptr + j.to(tl.int64) * rows, peak, mask=there)
 
 
 def error_probe(
@@ -125,38 +131,40 @@ def error_probe(
 ) -> Tensor:
     batch, heads, rows, depth = queries.shape
     shape = (batch, heads, num_blocks, rows)
-    total = torch.empty(shape, dtype=torch.float32, device=k.device)
-    peak = torch.empty_like(total)
+    total = torch.zeros(shape, dtype=torch.float32, device=k.device)
+    peak = torch.full_like(total, -torch.inf)
     if total.numel() == 0:
         return total.mT
     k = k if k.stride(3) == 1 else k.contiguous()
     log_weight = log_weight if log_weight.stride(3) == 1 else log_weight.contiguous()
+    order = compact(perm, offsets, key_valid)
     chosen = setting("error_probe", k, k.shape[2])
-    tiles = triton.cdiv(rows, chosen["BM"])
-    parts = min(num_blocks, max(1, triton.cdiv(_PROGRAMS, tiles * batch * heads)))
+    cut = tiles(order.offsets, k.shape[2], chosen["BN"])
+    per_block = -(-order.offsets.diff(dim=-1) // chosen["BN"])
+    first = torch.nn.functional.pad(per_block.cumsum(-1), (1, 0)).to(torch.int32)
+    across = triton.cdiv(rows, chosen["BM"])
+    parts = min(num_blocks, max(1, triton.cdiv(_PROGRAMS, across * batch * heads)))
     chunk = triton.cdiv(num_blocks, parts)
-    valid = perm if key_valid is None else key_valid.contiguous()
-    _probe[(tiles * triton.cdiv(num_blocks, chunk), batch * heads)](
+    _probe[(across * triton.cdiv(num_blocks, chunk), batch * heads)](
         queries.float().contiguous(),
         k,
         log_weight,
-        perm.contiguous(),
-        offsets.contiguous(),
-        valid,
+        order.perm,
+        *cut,
+        first,
         total,
         peak,
         *k.stride()[:3],
         *log_weight.stride()[:3],
-        *lead_strides(perm.contiguous()),
-        *lead_strides(offsets.contiguous()),
-        k.shape[2] if key_valid is not None else 0,
+        *lead_strides(order.perm),
+        *lead_strides(cut.span),
+        *lead_strides(first),
         scale,
         heads,
         rows,
         num_blocks,
         chunk,
         D=depth,
-        HAS_VALID=key_valid is not None,
         SPLIT=k.dtype != torch.float32,
         **chosen.values,
     )
@@ -165,22 +173,17 @@ def error_probe(
     return total.mul_(peak).mT
 
 
-def _specimen(depth: int, dtype: str, valid: bool) -> Specimen:
+def _specimen(depth: int, dtype: str) -> Specimen:
     chosen = SPACES["error_probe"].half
-    constants = {"D": depth, **chosen.constants, "HAS_VALID": valid, "SPLIT": dtype != "fp32"}
+    constants = {**chosen.constants, "D": depth, "SPLIT": dtype != "fp32"}
     types = {
-        "q_ptr": "*fp32",
+        **dict.fromkeys(("q_ptr", "weight_ptr", "sum_ptr", "peak_ptr"), "*fp32"),
+        **dict.fromkeys(("perm_ptr", "block_ptr", "span_ptr", "first_ptr"), "*i32"),
         "k_ptr": f"*{dtype}",
-        "weight_ptr": "*fp32",
-        "perm_ptr": "*i64",
-        "off_ptr": "*i32",
-        "valid_ptr": "*i1" if valid else "*i64",
-        "sum_ptr": "*fp32",
-        "peak_ptr": "*fp32",
         "scale": "fp32",
     }
     return Specimen(
-        f"probe {dtype} D={depth}{' valid' if valid else ''}",
+        f"probe {dtype} D={depth}",
         _probe,
         typed(_probe, constants, **types),
         constants,
@@ -189,7 +192,4 @@ def _specimen(depth: int, dtype: str, valid: bool) -> Specimen:
     )
 
 
-SPECIMENS = [
-    _specimen(depth, dtype, valid)
-    for depth, dtype, valid in ((64, "fp16", False), (128, "bf16", False), (128, "bf16", True))
-]
+SPECIMENS = [_specimen(64, "fp16"), _specimen(128, "bf16")]

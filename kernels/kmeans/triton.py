@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.kmeans.start import starting_centroids
 from dit_accel.kernels.order import label_bounds, sorted_labels
 from dit_accel.kernels.specimen import Specimen, typed
@@ -197,6 +198,12 @@ class Clusters:
 
 
 def _assign_all(x: Tensor, state: Clusters, step: int) -> None:
+    if x.dtype.itemsize == 2 and x.shape[3] in HEAD_SIZES and is_hopper(x.device):
+        from dit_accel.kernels.kmeans import hopper
+
+        parts = (state.centre, state.half, state.labels, state.valid, state.changed)
+        hopper.assign(x, *parts, state.arguments(x, step))
+        return
     chosen = setting("kmeans.assign", x, x.shape[2])
     _assign[(triton.cdiv(x.shape[2], chosen["BM"]), x.shape[0] * x.shape[1])](
         x,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,19 @@ LONGEST = 4096
 """Entries of a row that the kernel holds at once."""
 
 
+MOST = 7
+"""Bounds that the kernel tells apart."""
+
+
 def rank_levels(
-    score: Tensor, worth: Tensor, bounds: Tensor, *, inclusive: bool = False, backend: str = "auto"
+    score: Tensor,
+    worth: Tensor,
+    bounds: Tensor,
+    *,
+    inclusive: bool = False,
+    codes: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """How many bounds an entry is within, when a row is added up from its best entry down.
 
@@ -23,11 +36,14 @@ def rank_levels(
         bounds: ``[B|1, H|1, N|1, K]``.
         inclusive: an entry is within a bound if what is added up with it does not exceed it;
             otherwise if what is added up before it is below it.
+        codes: what is written for 0, 1, ... ``K`` bounds, each of 0 to 15; the number itself by
+            default.
+        out: int8, as ``score``, of any strides but the last, to be filled and returned.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``, which adds in fp32; a named one never
             falls back.
 
     Returns:
-        int8, as ``score``, 0 to ``K``.
+        int8, as ``score``.
 
     Raises:
         ValueError: what was given does not fit.
@@ -42,16 +58,30 @@ def rank_levels(
                 f"{name}: expected [{batch}|1, {heads}|1, {rows}|1, {last}], got "
                 f"{list(tensor.shape)}"
             )
+    number = bounds.shape[-1]
+    codes = range(number + 1) if codes is None else codes
+    if len(codes) != number + 1 or not all(0 <= code <= 15 for code in codes):
+        raise ValueError(f"codes: expected {number + 1} of 0 to 15, got {list(codes)}")
+    if out is None:
+        out = torch.empty(score.shape, dtype=torch.int8, device=score.device)
+    elif out.dtype != torch.int8 or out.shape != score.shape or out.stride(3) != 1:
+        raise ValueError(
+            f"out: expected int8 {list(score.shape)} with a last stride of 1, got {out.dtype} "
+            f"{list(out.shape)} of strides {list(out.stride())}"
+        )
     refusal = None
     if score.dtype != torch.float32:
         refusal = f"it takes fp32, not {score.dtype}"
     elif width > LONGEST:
         refusal = f"it takes rows of up to {LONGEST} entries, not {width}"
+    elif number > MOST:
+        refusal = f"it takes up to {MOST} bounds, not {number}"
     elif score.device.type != "cuda" and not interpreted():
         refusal = f"it runs on CUDA devices, not on {score.device.type}"
     known = ("auto", "reference", "triton")
     chosen = resolve(backend, score, known, refusal, any_size=True)
-    with torch.no_grad():
-        run = implementation("rank_levels", chosen).rank_levels
-        levels: Tensor = run(score, worth, bounds, inclusive)
-    return levels
+    if out.numel():
+        with torch.no_grad():
+            run = implementation("rank_levels", chosen).rank_levels
+            run(score, worth, bounds, inclusive, codes, out)
+    return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,16 @@ WORKSPACE_BYTES = 64 * 2**20
 """About what the rows of one chunk may take when they are sorted."""
 
 
-def rank_levels(score: Tensor, worth: Tensor, bounds: Tensor, inclusive: bool) -> Tensor:
+def rank_levels(
+    score: Tensor,
+    worth: Tensor,
+    bounds: Tensor,
+    inclusive: bool,
+    codes: Sequence[int],
+    levels: Tensor,
+) -> None:
     batch, heads, rows, width = score.shape
-    levels = torch.empty(score.shape, dtype=torch.int8, device=score.device)
+    meant = torch.tensor(codes, dtype=torch.int8, device=score.device)
     step = max(1, WORKSPACE_BYTES // max(1, 40 * width))
     for b in range(batch):
         for h in range(heads):
@@ -21,10 +30,8 @@ def rank_levels(score: Tensor, worth: Tensor, bounds: Tensor, inclusive: bool) -
             values, limits = values.expand(rows, -1), limits.expand(rows, -1)
             for first in range(0, rows, step):
                 some = slice(first, first + step)
-                levels[b, h, some] = _levels(
-                    score[b, h, some], values[some], limits[some], inclusive
-                )
-    return levels
+                found = _levels(score[b, h, some], values[some], limits[some], inclusive)
+                levels[b, h, some] = meant[found.int()]
 
 
 def _levels(score: Tensor, worth: Tensor, bounds: Tensor, inclusive: bool) -> Tensor:

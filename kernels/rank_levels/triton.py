@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
+
+_LEAST = tl.constexpr(0x007FFFFF)
+"""What stands for -inf among the numbers that floats are ordered by."""
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "width"])
@@ -20,11 +24,15 @@ def _rank(
     worth_b,
     worth_h,
     worth_n,
+    level_b,
+    level_h,
+    level_n,
     heads,
     rows,
     width,
     K: tl.constexpr,
     INCLUSIVE: tl.constexpr,
+    CODES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -33,9 +41,10 @@ def _rank(
     place = tl.arange(0, BLOCK)
     inside = place < width
     score = tl.load(score_ptr + line * width + place, mask=inside, other=float("-inf"))
-    some = score > float("-inf")
     worth = tl.load(
-        worth_ptr + b * worth_b + h * worth_h + row * worth_n + place, mask=some, other=0
+        worth_ptr + b * worth_b + h * worth_h + row * worth_n + place,
+        mask=score > float("-inf"),
+        other=0,
     )
     worth = worth.to(tl.float32)
     # floats in their own order as unsigned numbers; zeros of both signs are equal
@@ -56,7 +65,7 @@ def _rank(
                 fits = above < bound
             beyond = tl.where(fits, beyond, more)
         # what equals the next number is within as long as there is room, in order
-        within = some & (key > beyond)
+        within = key > tl.maximum(beyond, _LEAST)
         edge = within & (key - 1 == beyond)
         added = tl.where(edge, worth, 0.0)
         reach = tl.sum(tl.where(within & (edge == 0), worth, 0.0), 0) + tl.cumsum(added, 0)
@@ -65,14 +74,20 @@ def _rank(
         else:
             fits = reach - added < bound
         level += (within & ((edge == 0) | fits)).to(tl.int32)
-    tl.store(level_ptr + line * width + place, level.to(tl.int8), mask=inside)
+    code = (tl.full([BLOCK], CODES, tl.int32) >> (4 * level)) & 15
+    where = level_ptr + b * level_b + h * level_h + row.to(tl.int64) * level_n + place
+    tl.store(where, code.to(tl.int8), mask=inside)
 
 
-def rank_levels(score: Tensor, worth: Tensor, bounds: Tensor, inclusive: bool) -> Tensor:
+def rank_levels(
+    score: Tensor,
+    worth: Tensor,
+    bounds: Tensor,
+    inclusive: bool,
+    codes: Sequence[int],
+    levels: Tensor,
+) -> None:
     batch, heads, rows, width = score.shape
-    levels = torch.empty(score.shape, dtype=torch.int8, device=score.device)
-    if levels.numel() == 0:
-        return levels
     score = score.contiguous()
     worth = worth if worth.stride(3) == 1 else worth.contiguous()
     number = bounds.shape[-1]
@@ -85,23 +100,24 @@ def rank_levels(score: Tensor, worth: Tensor, bounds: Tensor, inclusive: bool) -
         levels,
         *lead_strides(worth),
         worth.stride(2) if worth.shape[2] > 1 else 0,
+        *levels.stride()[:3],
         heads,
         rows,
         width,
         K=number,
         INCLUSIVE=inclusive,
+        CODES=sum(code << 4 * i for i, code in enumerate(codes)),
         BLOCK=block,
         num_warps=_warps(block),
     )
-    return levels
 
 
 def _warps(block: int) -> int:
-    return 1 if block <= 256 else 4 if block <= 2048 else 8
+    return 1 if block <= 256 else 2 if block <= 2048 else 8
 
 
 def _specimen(block: int, number: int, inclusive: bool) -> Specimen:
-    constants = {"K": number, "INCLUSIVE": inclusive, "BLOCK": block}
+    constants = {"K": number, "INCLUSIVE": inclusive, "CODES": 0x43210, "BLOCK": block}
     types = {
         "score_ptr": "*fp32",
         "worth_ptr": "*i64" if inclusive else "*fp32",

@@ -24,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.gather import gather_rows
 from dit_accel.kernels.order import lead_strides
-from dit_accel.kernels.packed import compact
+from dit_accel.kernels.packed import MOST_ROWS, compact
 from dit_accel.kernels.specimen import Specimen, typed
 from dit_accel.kernels.tuning import SPACES
 from dit_accel.kernels.tuning import setting as tuned
@@ -36,6 +37,8 @@ KEPT_BYTES = 2**30
 """What partials and lists may take."""
 _TILE = 512
 """Tokens that are sorted by one program."""
+_MERGED = 2
+"""Partials of a token that are read at once."""
 _COLUMNS = 32
 """Blocks whose selection is read by one program."""
 
@@ -218,7 +221,7 @@ def _attend(
     tl.store(lse_ptr + where, peak + tl.log2(total), mask=there)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "groups", "first_pair"])
+@triton.jit(do_not_specialize=["length", "rows", "groups", "first_pair"])
 def _merge(
     part_ptr,
     part_lse_ptr,
@@ -228,12 +231,13 @@ def _merge(
     total_ptr,
     out_ptr,
     lse_ptr,
-    heads,
     length,
+    rows,
     groups,
     first_pair,
     D: tl.constexpr,
     BT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
@@ -250,19 +254,25 @@ def _merge(
         acc = tl.load(acc_ptr + kept[:, None] * D + depth[None, :], mask=inside[:, None], other=0.0)
         peak = tl.load(peak_ptr + kept, mask=inside, other=0.0)
         total = tl.load(total_ptr + kept, mask=inside, other=0.0)
-    for group in range(0, groups):
-        unit = pair * groups + group
-        place = tl.load(place_ptr + unit * length + token, mask=inside, other=-1)
-        has = place >= 0
-        where = unit * length + place
-        lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
-        part = tl.load(part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0)
-        new = tl.maximum(peak, lse)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        fade, weight = tl.exp2(peak - base), tl.exp2(lse - base)
-        acc = acc * fade[:, None] + part.to(tl.float32) * weight[:, None]
-        total = total * fade + weight
-        peak = new
+    for first in range(0, groups, AT_ONCE):
+        # several at once, since a partial is found only when its place is there
+        for i in tl.static_range(AT_ONCE):
+            group = first + i
+            unit = pair * groups + group
+            here = inside & (tl.full([BT], group, tl.int32) < groups)
+            place = tl.load(place_ptr + unit * length + token, mask=here, other=-1)
+            has = place >= 0
+            where = unit * rows + place
+            lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
+            part = tl.load(
+                part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0
+            )
+            new = tl.maximum(peak, lse)
+            base = tl.where(new == float("-inf"), 0.0, new)
+            fade, weight = tl.exp2(peak - base), tl.exp2(lse - base)
+            acc = acc * fade[:, None] + part.to(tl.float32) * weight[:, None]
+            total = total * fade + weight
+            peak = new
     if LAST:
         where = (first_pair + pair) * length + token
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -276,6 +286,54 @@ def _merge(
         tl.store(acc_ptr + kept[:, None] * D + depth[None, :], acc, mask=inside[:, None])
         tl.store(peak_ptr + kept, peak, mask=inside)
         tl.store(total_ptr + kept, total, mask=inside)
+
+
+def merge_parts(
+    part: Tensor,
+    part_lse: Tensor,
+    place: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    groups: int,
+    first_pair: int,
+    pairs: int,
+    *,
+    first: bool,
+    last: bool,
+) -> None:
+    """Merge the partials of some heads' tokens.
+
+    Args:
+        part, part_lse: ``[U, R, D]`` and ``[U, R]``, log of the normaliser to the base 2.
+        place: int32 ``[U, L]``, which of the ``R`` is a token's, or -1.
+        state: what earlier groups made and later ones go on from: fp32 ``[P, L, D]``, ``[P, L]``
+            and ``[P, L]``; anything where these are all groups.
+        out, lse: ``[B, H, L, D]`` and ``[B, H, L]``, written with the last groups.
+        groups: of these heads, ``U = P · groups``.
+        first_pair: ``b · H + h`` of the first head.
+        pairs: how many.
+        first, last: whether no groups came before, and none come after.
+    """
+    length, depth = out.shape[2:]
+    _merge[(triton.cdiv(length, 32), pairs)](
+        part,
+        part_lse,
+        place,
+        *state,
+        out,
+        lse,
+        length,
+        part.shape[1],
+        groups,
+        first_pair,
+        D=depth,
+        BT=32,
+        AT_ONCE=_MERGED,
+        FIRST=first,
+        LAST=last,
+        num_warps=4,
+    )
 
 
 def token_attention(
@@ -299,6 +357,10 @@ def token_attention(
         return out, lse
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     select = select if select.stride(3) == 1 else select.contiguous()
+    if setting is None and _takes_hopper(q, scale):
+        from dit_accel.kernels.token_attention import hopper
+
+        return hopper.token_attention(q, k, v, select, k_perm, k_offsets, key_valid, scale)
     tokens, bounds = compact(k_perm, k_offsets, key_valid)
 
     size = (setting or {}).get("G") or group_size(length, blocks)
@@ -375,25 +437,25 @@ def token_attention(
                 BN=block_n,
                 **options,
             )
-            _merge[(triton.cdiv(length, 32), some)](
+            merge_parts(
                 part,
                 part_lse,
                 place,
-                *state,
+                state,
                 out,
                 lse,
-                heads,
-                length,
                 these,
                 first_pair,
-                D=depth,
-                BT=32,
-                FIRST=first_group == 0,
-                LAST=first_group + these == every,
-                num_warps=4,
-                num_stages=3,
+                some,
+                first=first_group == 0,
+                last=first_group + these == every,
             )
     return out, lse
+
+
+def _takes_hopper(q: Tensor, scale: float) -> bool:
+    fits = q.dtype.itemsize == 2 and q.shape[3] in HEAD_SIZES and q.shape[2] < MOST_ROWS
+    return fits and scale > 0 and is_hopper(q.device)
 
 
 def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
@@ -414,8 +476,8 @@ def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
         (_count, bins, 4),
         (_place, bins, 4),
         (_attend, {"D": depth, "G": size, **chosen.constants}, 8),
-        (_merge, {"D": depth, "BT": 32, "FIRST": True, "LAST": True}, 4),
-        (_merge, {"D": depth, "BT": 32, "FIRST": False, "LAST": False}, 4),
+        (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": True, "LAST": True}, 4),
+        (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": False, "LAST": False}, 4),
     ]
     return [
         Specimen(

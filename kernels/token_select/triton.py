@@ -1,11 +1,13 @@
-"""Selection by gates in Triton: the cut is searched by its digits, and nothing is sorted.
+"""Selection by gates in Triton: the cut is guessed, then counted, and nothing is sorted.
 
 The gates are never stored: every pass makes them anew, which takes ``2 D`` operations a pair where
 keeping them would take 8 bytes of traffic. Normalised, they are whole numbers of 24 bits, as fine
-as fp32 can tell gates apart, and their sums are exact and the same in any order. Two passes find
-the first and the second four bits of the smallest gate that is selected; what has these is counted
-by its last 16 bits, which tells the cut and how many of the gates that equal it are selected; the
-first ones are. The host reads nothing.
+as fp32 can tell gates apart, and their sums are exact and the same in any order. Some of the tokens
+tell about where the smallest gate that is selected must be; one pass over all of them counts the
+gates of every value around there, and sums those above. That gives the cut, and how many of the
+gates that equal it are selected; the first ones are. Where the guess was wrong, the cut is searched
+by its digits: two passes find the first eight bits, four at a time, a third counts by the last 16.
+The host reads nothing; passes that are not needed end at once.
 """
 
 from __future__ import annotations
@@ -19,12 +21,19 @@ from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.token_select.cut import State, cut_kernel, digit_kernel, summed_kernel
 
 BITS = 24
 TOP = tl.constexpr(2**BITS - 1)
 _BINS = 16
 _TAIL = 16
-"""Bits that the last pass counts."""
+"""Bits that the last pass of the search counts."""
+_AROUND = 19
+"""Bits of the values that are counted around the guess."""
+_CHUNK = 4096
+"""Values whose counts are summed by one program."""
+_SAMPLES = ((17, 1 << 14), (5, 1 << 12), (1, 0))
+"""Every which token the guess looks at, from how many tokens on."""
 
 
 @triton.jit
@@ -46,9 +55,9 @@ def _gates(query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale,
 
 
 @triton.jit
-def _tokens(q_ptr, q_l, start, stop, length, D: tl.constexpr, BM: tl.constexpr):
-    """A tile of queries, and which of them select."""
-    token = tl.program_id(0) * BM + tl.arange(0, BM)
+def _tokens(q_ptr, q_l, start, stop, length, step, D: tl.constexpr, BM: tl.constexpr):
+    """A tile of queries, every ``step``-th, and which of them select."""
+    token = (tl.program_id(0) * BM + tl.arange(0, BM)) * step
     there = (token < length) & ((token < start) | (token >= stop))
     depth = tl.arange(0, D)
     query = tl.load(
@@ -66,7 +75,7 @@ def _range(
     """The least and the largest gate of a tile of tokens."""
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
-    _token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, D, BM)
+    _token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
@@ -84,18 +93,22 @@ def _range(
     tl.store(high_ptr + where, tl.max(high, 0))
 
 
-@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop", "shift"])
+@triton.jit(
+    do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop", "shift", "step"]
+)
 def _digits(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, sum_ptr,
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, done_ptr, sum_ptr,
     q_b, q_h, q_l, full_b, full_h, own_b, own_h,
-    heads, length, blocks, columns, start, stop, shift,
+    heads, length, blocks, columns, start, stop, shift, step,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
     COUNT: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Sums of a tile by the digit after ``base``; of everything, and of what is selected anyway."""
     pair = tl.program_id(1).to(tl.int64)
+    if tl.load(done_ptr + pair) != 0:
+        return
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, D, BM)
+    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, step, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
@@ -126,15 +139,17 @@ def _digits(
 
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
 def _tails(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, count_ptr,
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, done_ptr, count_ptr,
     q_b, q_h, q_l, full_b, full_h, own_b, own_h,
     heads, length, blocks, columns, start, stop,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """How many gates there are of each value after ``base``."""
     pair = tl.program_id(1).to(tl.int64)
+    if tl.load(done_ptr + pair) != 0:
+        return
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, D, BM)
+    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
@@ -152,65 +167,140 @@ def _tails(
 
 
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
-def _ties(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr,
+def _around(
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, sum_ptr, count_ptr,
     q_b, q_h, q_l, full_b, full_h, own_b, own_h,
     heads, length, blocks, columns, start, stop,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    COUNT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """How many gates of each token equal the cut."""
+    """How many gates there are of each value from ``base`` on, and sums of a tile.
+
+    Of own blocks, of others, and of others beyond the values that are counted.
+    """
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, D, BM)
+    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
     low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
-    cut = tl.load(base_ptr + pair).to(tl.int32)
-    ties = tl.zeros([BM], tl.int32)
+    base = tl.load(base_ptr + pair).to(tl.int32)
+    count_ptr += pair << BITS
+    have = tl.zeros([BM], tl.int64)
+    others = tl.zeros([BM], tl.int64)
+    above = tl.zeros([BM], tl.int64)
     for first in range(0, columns, BN):
         _gate, number, column, full = _gates(
             query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
         )
-        tie = there[:, None] & full[None, :] & (column[None, :] != own[:, None]) & (number == cut)
-        ties += tl.sum(tie.to(tl.int32), 1)
-    tl.store(tie_ptr + pair * length + token, ties, mask=token < length)
+        mine = column[None, :] == own[:, None]
+        some = full[None, :] & there[:, None]
+        worth = tl.where(some, 1 if COUNT else number, 0)
+        mine_only = tl.where(mine, worth, 0)
+        have += tl.sum(mine_only, 1).to(tl.int64)
+        worth -= mine_only
+        others += tl.sum(worth, 1).to(tl.int64)
+        beyond = number - base
+        above += tl.sum(tl.where(beyond >= 1 << BITS, worth, 0), 1).to(tl.int64)
+        inside = some & (mine == 0) & (beyond >= 0) & (beyond < 1 << BITS)
+        tl.atomic_add(count_ptr + beyond, 1, mask=inside, sem="relaxed")
+    at = sum_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * 3
+    tl.store(at, tl.sum(have, 0))
+    tl.store(at + 1, tl.sum(others, 0))
+    tl.store(at + 2, tl.sum(above, 0))
 
 
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
 def _select(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, before_ptr, room_ptr,
-    out_ptr, q_b, q_h, q_l, full_b, full_h, own_b, own_h,
-    heads, length, blocks, columns, start, stop,
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, out_ptr,
+    q_b, q_h, q_l, full_b, full_h, own_b, own_h,
+    heads, length, blocks, columns, start, stop, wide,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
+    """What is above the cut, text and own blocks; how many gates of a tile equal the cut."""
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, D, BM)
+    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
     low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
     cut = tl.load(base_ptr + pair).to(tl.int32)
-    room = tl.load(room_ptr + pair)
-    before = tl.load(before_ptr + pair * length + token, mask=token < length, other=0)
-    out_ptr += (pair * length + token)[:, None] * blocks
+    out_ptr += (pair * length + token)[:, None] * wide
+    ties = tl.zeros([BM], tl.int32)
     for first in range(0, blocks, BN):
         _gate, number, column, full = _gates(
             query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
         )
         mine = column[None, :] == own[:, None]
-        can = there[:, None] & full[None, :] & (column[None, :] != own[:, None])
-        tie = (can & (number == cut)).to(tl.int32)
-        rank = before[:, None] + tl.cumsum(tie, 1) - tie
-        taken = (can & (number > cut)) | ((tie > 0) & (rank < room)) | mine
+        can = there[:, None] & full[None, :]
+        ties += tl.sum((can & (mine == 0) & (number == cut)).to(tl.int32), 1)
         # text selects everything, and everything selects text
-        taken = taken | (column >= columns)[None, :] | (there[:, None] == 0)
-        mask = (token < length)[:, None] & (column < blocks)[None, :]
+        text = (column >= columns)[None, :] | (there[:, None] == 0)
+        taken = (can & (number > cut)) | mine | text
+        mask = (token < length)[:, None] & (column < wide)[None, :]
         tl.store(out_ptr + column[None, :], taken.to(tl.int8), mask=mask)
-        before += tl.sum(tie, 1)
+    tl.store(tie_ptr + pair * tl.num_programs(0) + tl.program_id(0), tl.sum(ties, 0))
+
+
+@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
+def _settle(
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, before_ptr,
+    room_ptr, out_ptr, q_b, q_h, q_l, full_b, full_h, own_b, own_h,
+    heads, length, blocks, columns, start, stop, wide,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Of the gates that equal the cut, as many as there is room for, the first ones."""
+    pair = tl.program_id(1).to(tl.int64)
+    where = pair * tl.num_programs(0) + tl.program_id(0)
+    before, room = tl.load(before_ptr + where), tl.load(room_ptr + pair)
+    if (tl.load(tie_ptr + where) == 0) | (before >= room):
+        return
+    b, h = pair // heads, pair % heads
+    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    mean_ptr += pair * blocks * D
+    fine_ptr += pair * blocks * D
+    full_ptr += b * full_b + h * full_h
+    low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
+    cut = tl.load(base_ptr + pair).to(tl.int32)
+    out_ptr += (pair * length + token)[:, None] * wide
+    rank = tl.zeros([BM], tl.int64)
+    for part in tl.static_range(2):
+        ties = tl.zeros([BM], tl.int32)
+        for first in range(0, columns, BN):
+            _gate, number, column, full = _gates(
+                query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
+            )
+            tie = there[:, None] & full[None, :] & (column[None, :] != own[:, None])
+            tie = (tie & (number == cut)).to(tl.int32)
+            if part == 1:
+                place = (rank + ties)[:, None] + tl.cumsum(tie, 1) - tie
+                taken = (tie > 0) & (place < room)
+                tl.store(out_ptr + column[None, :], taken.to(tl.int8), mask=taken)
+            ties += tl.sum(tie, 1)
+        if part == 0:
+            rank = before + tl.cumsum(ties, 0) - ties
+
+
+@triton.jit(do_not_specialize=["heads", "length", "blocks"])
+def _counts(select_ptr, count_ptr, select_b, select_h, select_l, heads, length, blocks,
+            ROWS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """How many of some tokens chose each of some blocks."""
+    pair = tl.program_id(2).to(tl.int64)
+    select_ptr += pair // heads * select_b + pair % heads * select_h
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    counts = tl.zeros([BT, BN], tl.int32)
+    for first in range(0, ROWS, BT):
+        token = tl.program_id(1) * ROWS + first + tl.arange(0, BT)
+        mask = (token < length)[:, None] & (column < blocks)[None, :]
+        where = token.to(tl.int64)[:, None] * select_l + column[None, :]
+        counts += tl.load(select_ptr + where, mask=mask, other=0).to(tl.int32)
+    found = tl.sum(counts, 0)
+    tl.atomic_add(count_ptr + pair * blocks + column, found, mask=column < blocks, sem="relaxed")
 
 
 def token_select(
@@ -224,101 +314,173 @@ def token_select(
     scope: Literal["head", "token"],
     mode: Literal["threshold", "topk"],
 ) -> Tensor:
-    batch, heads, length, depth = q.shape
-    blocks, pairs, device = k_mean.shape[2], batch * heads, q.device
-    shape = (batch, heads, length, blocks)
+    length = q.shape[2]
     if num_video == 0 or length <= text_span[1] - text_span[0]:
-        return torch.ones(shape, dtype=torch.bool, device=device)
+        return torch.ones(*q.shape[:3], k_mean.shape[2], dtype=torch.bool, device=q.device)
     q = q if q.stride(3) == 1 else q.contiguous()
     split = q.dtype != torch.float32
     mean = k_mean.contiguous().to(q.dtype)
     fine = (k_mean - mean.float()).to(q.dtype) if split else mean
     fine, full, own = fine.contiguous(), full.contiguous(), own.contiguous()
-    block_m, block_n = (128, 64) if split else (64, 32)
-    tiles = triton.cdiv(length, block_m)
-    start, stop = text_span if text_span[1] > text_span[0] else (length, length)
-    sizes = (heads, length, blocks, num_video, start, stop)
-    strides = (*q.stride()[:3], *lead_strides(full))
+    gates = _Gates(q, mean, fine, own, full, num_video, text_span, split)
+    count = mode == "topk"
+    base, needed = gates.cut(threshold, count)
+    return gates.selected(base, needed)
 
-    def room(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
 
-    def launch(kernel: Any, *rest: Any, **constants: Any) -> None:
-        kernel[(tiles, pairs)](
-            q,
-            mean,
-            fine,
-            full,
+class _Gates:
+    """The passes over the gates of all heads."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        mean: Tensor,
+        fine: Tensor,
+        own: Tensor,
+        full: Tensor,
+        num_video: int,
+        text_span: tuple[int, int],
+        split: bool,
+    ) -> None:
+        self.batch, self.heads, self.length, self.depth = q.shape
+        self.blocks, self.pairs = mean.shape[2], q.shape[0] * q.shape[1]
+        self.device, self.split = q.device, split
+        self.operands = q, mean, fine, full
+        self.tile = (128, 64) if split else (64, 32)
+        self.tiles = triton.cdiv(self.length, self.tile[0])
+        start, stop = text_span if text_span[1] > text_span[0] else (self.length, self.length)
+        sizes = (self.heads, self.length, self.blocks, num_video, start, stop)
+        strides = (*q.stride()[:3], *lead_strides(full))
+        ends = self.room(2, self.pairs, self.tiles, dtype=torch.float32)
+        self.launch(_range, ends[0], ends[1], *strides, *sizes)
+        low, high = ends[0].amin(-1), ends[1].amax(-1)
+        span = high - low
+        scale = torch.stack(
+            [torch.where(span > 0, low, 0.0), torch.where(span > 0, TOP.value / span, 0.0)], -1
+        )
+        self.kept = own, scale.contiguous()
+        self.where = (*strides, *lead_strides(own), *sizes)
+
+    def room(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.device)
+
+    def launch(self, kernel: Any, *rest: Any, step: int = 1, **constants: Any) -> None:
+        tiles = triton.cdiv(triton.cdiv(self.length, step), self.tile[0])
+        kernel[(tiles, self.pairs)](
+            *self.operands,
             *rest,
-            D=depth,
-            BM=block_m,
-            BN=block_n if kernel in (_range, _digits) else 32,
-            SPLIT=split,
-            num_warps=8 if split else 4,
+            D=self.depth,
+            BM=self.tile[0],
+            BN=32 if kernel in (_around, _tails, _settle) else self.tile[1],
+            SPLIT=self.split,
+            num_warps=8 if self.split else 4,
             num_stages=2,
             **constants,
         )
 
-    ends = room(2, pairs, tiles, dtype=torch.float32)
-    launch(_range, ends[0], ends[1], *strides, *sizes)
-    low, high = ends[0].amin(-1), ends[1].amax(-1)
-    span = high - low
-    scale = torch.stack(
-        [torch.where(span > 0, low, 0.0), torch.where(span > 0, TOP.value / span, 0.0)], -1
-    ).contiguous()
+    def cut(self, threshold: float, count: bool) -> tuple[Tensor, Tensor]:
+        """The smallest gate that is selected, and how many of its equals: int64 ``[P]``."""
+        state = State.of(self.pairs, threshold, self.device)
+        # about where the cut is, to 8 bits, and what is counted around there
+        self._digits(state, count, next(step for step, least in _SAMPLES if self.length >= least))
+        state.base.add_((1 << (BITS - 9)) - (1 << (_AROUND - 1))).clamp_(min=0)
+        sums = self.room(self.pairs, self.tiles, 3, dtype=torch.int64)
+        self._last(state, count, _around, sums, _AROUND)
+        # where the guess was wrong
+        self._digits(state, count, 1)
+        self._last(state, count, _tails, sums, _TAIL)
+        return state.cut, state.needed
 
-    where = (*strides, *lead_strides(own), *sizes)
-    count = mode == "topk"
-    base = torch.zeros(pairs, dtype=torch.int64, device=device)
-    have = wanted = base
-    for shift in (BITS - 4, BITS - 8):
-        sums = room(pairs, tiles, 2 * _BINS, dtype=torch.int64)
-        launch(_digits, own, scale, base, sums, *where, shift, COUNT=count, BINS=_BINS)
-        found = sums.sum(1)
-        if shift == BITS - 4:
-            have, wanted = found[:, _BINS + 1], found[:, _BINS].double() * threshold
-            if count:
-                wanted = (wanted + 1e-9).floor().clamp(min=1)
-        digit, have, _ = _boundary(found[:, :_BINS], have, wanted)
-        base = base + (digit << shift)
-    counts = torch.zeros(pairs, 2**_TAIL, dtype=torch.int32, device=device)
-    launch(_tails, own, scale, base, counts, *where, TAIL=_TAIL)
-    value = base.unsqueeze(1) + torch.arange(2**_TAIL, device=device)
-    each = torch.ones_like(value) if count else value
-    digit, have, inside = _boundary(counts * each, have, wanted)
-    base = base + digit
-    # of those that equal the cut, as many as are reached before there is enough
-    worth = (torch.ones_like(base) if count else base).double()
-    needed = ((wanted - have) / worth.clamp(min=1)).ceil()
-    needed = torch.where(worth > 0, needed, float(length) * blocks)
-    needed = torch.where(inside, needed, 0.0).long()
+    def _digits(self, state: State, count: bool, step: int) -> None:
+        """Of every ``step``-th token: 8 bits of the cut, what is above, what is wanted."""
+        tiles = triton.cdiv(triton.cdiv(self.length, step), self.tile[0])
+        sums = self.room(self.pairs, tiles, 2 * _BINS, dtype=torch.int64)
+        for shift in (BITS - 4, BITS - 8):
+            first = shift == BITS - 4
+            self.launch(
+                _digits,
+                *self.kept,
+                state.zero if first else state.base,
+                state.done,
+                sums,
+                *self.where,
+                shift,
+                step,
+                step=step,
+                COUNT=count,
+                BINS=_BINS,
+            )
+            digit_kernel[(self.pairs,)](
+                sums,
+                state.share,
+                state.done,
+                state.base,
+                state.have,
+                state.wanted,
+                tiles,
+                shift,
+                COUNT=count,
+                FIRST=first,
+                BINS=_BINS,
+                BT=32,
+                num_warps=4,
+            )
 
-    ties = room(pairs, length, dtype=torch.int32)
-    launch(_ties, own, scale, base, ties, *where)
-    before = ties.cumsum(-1, dtype=torch.int64) - ties
-    select = room(*shape, dtype=torch.int8)
-    launch(_select, own, scale, base, before, needed, select, *where)
-    return select.view(torch.bool)
+    def _last(self, state: State, count: bool, kernel: Any, sums: Tensor, bits: int) -> None:
+        """Count ``2 ** bits`` values from the base on, and find the cut among them."""
+        guessed = kernel is _around
+        parts = (1 << bits) // _CHUNK
+        counts = torch.zeros(self.pairs, 1 << bits, dtype=torch.int32, device=self.device)
+        if guessed:
+            self.launch(
+                _around, *self.kept, state.base, sums, counts, *self.where, COUNT=count, BITS=bits
+            )
+        else:
+            self.launch(_tails, *self.kept, state.base, state.done, counts, *self.where, TAIL=bits)
+        summed = self.room(self.pairs, parts, dtype=torch.int64)
+        summed_kernel[(parts, self.pairs)](
+            counts, state.base, state.done, summed, CHUNK=_CHUNK, COUNT=count, num_warps=4
+        )
+        cut_kernel[(self.pairs,)](
+            counts,
+            summed,
+            state.base,
+            sums,
+            state.share,
+            state.have,
+            state.wanted,
+            state.done,
+            state.cut,
+            state.needed,
+            self.tiles,
+            self.length * self.blocks,
+            COUNT=count,
+            GUESSED=guessed,
+            PARTS=parts,
+            CHUNK=_CHUNK,
+            BT=32,
+            num_warps=4,
+        )
+
+    def selected(self, base: Tensor, needed: Tensor) -> Tensor:
+        """bool ``[B, H, L, Nk]``, its rows at multiples of 16 bytes."""
+        ties = self.room(self.pairs, self.tiles, dtype=torch.int32)
+        wide = triton.cdiv(self.blocks, 16) * 16
+        select = self.room(self.batch, self.heads, self.length, wide, dtype=torch.int8)
+        self.launch(_select, *self.kept, base, ties, select, *self.where, wide)
+        before = ties.cumsum(-1, dtype=torch.int64) - ties
+        self.launch(_settle, *self.kept, base, ties, before, needed, select, *self.where, wide)
+        return select[..., : self.blocks].view(torch.bool)
 
 
-def _boundary(sums: Tensor, have: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In which bin, from the last one down, enough is reached.
-
-    Args:
-        sums: int64 ``[P, N]``, by bin.
-        have: int64 ``[P]``, what there is before.
-        wanted: fp64 ``[P]``.
-
-    Returns:
-        The bin int64 ``[P]``, ``N`` if there is enough before; what there is before it; whether
-        it is one of the bins.
-    """
-    above = sums.flip(-1).cumsum(-1).flip(-1) - sums + have.unsqueeze(-1)
-    needs = above.double() < wanted.unsqueeze(-1)
-    number = sums.shape[-1] - needs.sum(-1)
-    inside = number < sums.shape[-1]
-    before = above.gather(-1, number.clamp(max=sums.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    return number, torch.where(inside, before, have), inside
+def token_counts(select: Tensor) -> Tensor:
+    batch, heads, length, blocks = select.shape
+    select = select if select.stride(3) == 1 else select.contiguous()
+    counts = torch.zeros(batch, heads, blocks, dtype=torch.int32, device=select.device)
+    _counts[(triton.cdiv(blocks, 128), triton.cdiv(length, 2048), batch * heads)](
+        select, counts, *select.stride()[:3], heads, length, blocks, ROWS=2048, BT=64, BN=128
+    )
+    return counts.long()
 
 
 def _specimens(depth: int, dtype: str) -> list[Specimen]:
@@ -327,28 +489,35 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
         **dict.fromkeys(("q_ptr", "mean_ptr", "fine_ptr"), data),
         **dict.fromkeys(("low_ptr", "high_ptr", "scale_ptr"), "*fp32"),
         **dict.fromkeys(("own_ptr", "base_ptr", "sum_ptr", "before_ptr", "room_ptr"), "*i64"),
-        **dict.fromkeys(("count_ptr", "tie_ptr"), "*i32"),
-        "full_ptr": "*i1",
+        **dict.fromkeys(("have_ptr", "cut_ptr", "needed_ptr", "summed_ptr"), "*i64"),
+        **dict.fromkeys(("wanted_ptr", "share_ptr"), "*fp64"),
+        **dict.fromkeys(("count_ptr", "tie_ptr", "done_ptr"), "*i32"),
+        **dict.fromkeys(("full_ptr", "select_ptr"), "*i1"),
         "out_ptr": "*i8",
     }
     tile: dict[str, Any] = {"D": depth, "BM": 128, "BN": 64, "SPLIT": True}
     kernels: list[tuple[Any, dict[str, Any]]] = [
-        (_range, {}),
-        (_digits, {"COUNT": False, "BINS": _BINS}),
-        (_tails, {"BN": 32, "TAIL": _TAIL}),
-        (_ties, {"BN": 32}),
-        (_select, {"BN": 32}),
+        (_range, tile),
+        (_digits, tile | {"COUNT": False, "BINS": _BINS}),
+        (_around, tile | {"BN": 32, "COUNT": False, "BITS": _AROUND}),
+        (summed_kernel, {"COUNT": False, "CHUNK": _CHUNK}),
+        (digit_kernel, {"COUNT": False, "FIRST": True, "BINS": _BINS, "BT": 32}),
+        (cut_kernel, {"COUNT": False, "GUESSED": True, "PARTS": 128, "CHUNK": _CHUNK, "BT": 32}),
+        (_tails, tile | {"BN": 32, "TAIL": _TAIL}),
+        (_select, tile),
+        (_settle, tile | {"BN": 32}),
+        (_counts, {"ROWS": 2048, "BT": 64, "BN": 128}),
     ]
     return [
         Specimen(
             f"{kernel.__name__} {dtype} D={depth}",
             kernel,
-            typed(kernel, tile | more, **types),
-            tile | more,
+            typed(kernel, constants, **types),
+            constants,
             {"num_warps": 8, "num_stages": 2},
-            aligned=("q_b", "q_h", "q_l"),
+            aligned=("q_b", "q_h", "q_l", "wide", "select_b", "select_h", "select_l"),
         )
-        for kernel, more in kernels
+        for kernel, constants in kernels
     ]
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.specimen import Specimen
 
 
@@ -39,9 +40,14 @@ def topk_mask(score: Tensor, wanted: Tensor) -> Tensor:
     batch, heads, rows, width = score.shape
     score, wanted = score.contiguous(), wanted.contiguous()
     mask = torch.empty(score.shape, dtype=torch.int8, device=score.device)
-    block = triton.next_power_of_2(width)
-    topk_kernel[(rows, batch * heads)](
-        score, wanted, mask, rows, width, BLOCK=block, num_warps=_warps(block)
+    block = 1 << (width - 1).bit_length()
+    launch(
+        topk_kernel,
+        (rows, batch * heads),
+        (score, wanted, mask),
+        (rows, width),
+        BLOCK=block,
+        num_warps=_warps(block),
     )
     return mask.view(torch.bool)
 

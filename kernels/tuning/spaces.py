@@ -99,10 +99,10 @@ SPACES: Final[Mapping[str, Space]] = {
         "tokens read at once, and blocks of a program",
     ),
     "error_probe": Space(
-        _setting(4, 2, BM=64, BN=64),
-        _setting(4, 2, BM=64, BN=64),
-        {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
-        "queries and keys of a tile",
+        Setting({"BM": 64, "BN": 32, "STAGES": 4, "num_warps": 4}),
+        Setting({"BM": 64, "BN": 32, "STAGES": 4, "num_warps": 4}),
+        {"BM": (64, 128), "BN": (32, 64), "STAGES": (2, 4), "num_warps": (4, 8)},
+        "queries and keys of a tile, and tiles on their way",
     ),
     "kmeans.assign": Space(
         _setting(8, 3, BM=128, BN=64),

@@ -8,7 +8,7 @@ import torch
 import dit_accel
 from dit_accel import InputError, presets
 from dit_accel.kernels.block_attention import batched, block_attention, reference
-from dit_accel.pyramid import CAPS, RATIOS, Pyramid
+from dit_accel.pyramid import CAPS, RATIOS, Pyramid, pooled_pairs
 from dit_accel.types import Context, Geometry
 
 GRID = (3, 5, 7)
@@ -209,3 +209,27 @@ def test_bad_options_are_told():
     inner = presets.flashblock(inner=presets.psa(block_k=8, block_q=8))
     with pytest.raises(InputError, match="got one with pooled levels"):
         dit_accel.attention(*inputs(0), inner, grid=GRID, state=dit_accel.State())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_pairs_of_queries_and_means_are_counted(padded):
+    q, k, v = inputs(3)
+    valid = torch.ones(2, 105, dtype=torch.bool)
+    valid[1, 50:] = not padded
+    geometry = Geometry(GRID, key_valid=valid if padded else None)
+    method = presets.psa(ratios=(0.1, 0.3, 0.5, 0.8), mode="topk", block_q=16, block_k=8)
+    trace = method.trace(q, k, v, Context(geometry))
+    code = trace.plan.code
+    wanted = torch.zeros(2, 2, dtype=torch.int64)
+    for b in range(2):
+        for h in range(2):
+            for i, size in enumerate(trace.blocked.queries.sizes[0, 0].tolist()):
+                for j in range(code.shape[3]):
+                    first, last = trace.blocked.keys.offsets[0, 0, j : j + 2].tolist()
+                    kept = trace.blocked.keys.perm[0, 0, first:last]
+                    number = int(valid[b, kept].sum())
+                    level = int(code[b, h, i, j])
+                    if level in (2, 4, 8):
+                        wanted[b, h] += size * math.ceil(number / level)
+    assert wanted.all()
+    assert torch.equal(pooled_pairs(trace.blocked, trace.plan), wanted)

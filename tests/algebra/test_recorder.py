@@ -33,7 +33,7 @@ def test_spans_are_charged_with_their_own_time(clock):
     with recorder.span("other", layer=0):
         clock(16)
     assert recorder.parts() == {"other": 17, "linear": 2, "attend": 4, "merge": 8}
-    assert recorder.layers(without="linear") == {0: 16, 1: 13}
+    assert recorder.layers("linear") == {0: 16, 1: 13}
 
 
 def test_nobody_listens_by_default():

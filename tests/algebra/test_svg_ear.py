@@ -11,7 +11,7 @@ from dit_accel import InputError, State, presets
 from dit_accel.cluster import KMeans
 from dit_accel.error_route import ErrorAware
 from dit_accel.kernels.error_probe import error_probe
-from dit_accel.kernels.kmeans import kmeans, reference
+from dit_accel.kernels.kmeans import bisected, kmeans, reference
 from dit_accel.rest import Centroid, Drop, Moment, Taylor
 from dit_accel.types import Context, Geometry
 
@@ -209,16 +209,64 @@ def test_warm_starts_belong_to_a_layer_and_a_branch(monkeypatch):
         dit_accel.attention(q, k, v, method, grid=GRID, state=state, **where)
         return calls[0]
 
-    assert call(branch="cond") == (50, False)
-    assert call(branch="uncond") == (50, False)
-    assert call(branch="cond", layer=1) == (50, False)
-    assert call(branch="cond", step=1) == (2, True)
+    assert call(branch="cond") == (49, False)
+    assert call(branch="uncond") == (49, False)
+    assert call(branch="cond", layer=1) == (49, False)
+    assert call(branch="cond", step=1) == (1, True)
     state.clear()
-    assert call(branch="cond", step=2) == (50, False)
+    assert call(branch="cond", step=2) == (49, False)
     assert len(calls) == 2, "queries and keys have partitions of their own"
     method = presets.svg_ear(q_clusters=3, k_clusters=5, share_branches=True)
     call(branch="cond", layer=2)
-    assert call(branch="uncond", layer=2) == (2, True)
+    assert call(branch="uncond", layer=2) == (1, True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_iteration_ends_with_means(padded):
+    """Tokens go to the nearest centroid, and then the centroids to the middle of their tokens."""
+    q, k, v = inputs(9)
+    valid = None
+    if padded:
+        valid = torch.rand(2, 105, generator=torch.Generator().manual_seed(4)) < 0.7
+        q, k, v = (x.masked_fill(~valid[:, None, :, None], torch.nan) for x in (q, k, v))
+    state, layout = State(), KMeans(3, 5, first_iterations=1, next_iterations=2)
+    ctx = Context(Geometry(GRID, key_valid=valid), state=state)
+    for iterations in (1, 2):
+        before = {name: x.clone() for name, x in ctx.memory.items()}
+        blocked = layout(q, k, v, ctx)
+        for name, x, blocks in (("queries", q, blocked.queries), ("keys", k, blocked.keys)):
+            slot, clusters = f"kmeans {name}", blocks.num_video
+            start = before.get(slot)
+            labels, nearest = kmeans(
+                x, clusters, iterations=iterations - 1, start=start, valid=valid
+            )
+            keep = torch.ones_like(labels) if valid is None else valid[:, None].expand_as(labels)
+            for b, h in ((0, 0), (1, 1)):
+                middle = []
+                for c in range(clusters):
+                    some = x[b, h][(labels[b, h] == c) & keep[b, h].bool()]
+                    middle.append(some.mean(0) if len(some) else nearest[b, h, c])
+                made = ctx.memory[slot][b, h]
+                apart = torch.cdist(made, torch.stack(middle)).sort(0).values[0]
+                assert (apart < 1e-12).all(), "in whatever order"
+                of = blocks.perm[b, h].tensor_split(blocks.offsets[b, h, 1:-1].tolist())
+                wanted = {
+                    frozenset((labels[b, h] == c).nonzero().flatten().tolist())
+                    for c in range(clusters)
+                }
+                assert {frozenset(some.tolist()) for some in of} == wanted
+
+
+def test_neighbours_are_alike():
+    """Points of a line come in its order, from either end; every centroid has one place."""
+    place = torch.rand(2, 3, 37, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    order = bisected(place * torch.tensor([3.0, -1.0, 0.5]))
+    steps = place.squeeze(-1).gather(-1, order).diff(dim=-1).sign()
+    assert (steps == steps[..., :1]).all()
+    blob = torch.randn(2, 3, 37, 8, generator=torch.Generator().manual_seed(1))
+    assert (bisected(blob).sort(-1).values == torch.arange(37)).all()
+    assert bisected(torch.zeros(1, 1, 5, 2)).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert bisected(blob[:, :, :1]).shape == (2, 3, 1)
 
 
 def test_another_batch_starts_afresh():

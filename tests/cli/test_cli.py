@@ -27,6 +27,10 @@ def test_generate_writes_a_clip_and_its_record(cli, tmp_path):
     assert record["density"] == 1 / 12, "192 tokens are 12 blocks, and 0.15 of them is one"
     assert len(record["seconds"]["steps"]) == 2
     assert record["versions"]["torch"]
+    assert record["norm_rotary"] == "auto"
+    ((who, calls),) = record["norm_rotary_calls"].items()
+    assert who.startswith("diffusers: it is for")
+    assert calls == 2 * 2 * len(record["density_by_layer"]), "steps, branches, layers"
     assert record["command"][:2] == ["dit-accel", "generate"]
     for word in (
         "pisa",

@@ -110,7 +110,7 @@ def fake_sample(chosen, key):
             "other": 0.02 * chosen.steps,
         },
         peak_bytes=2**28,
-        flops=Flops(density * 4e9, 4e9, 6e9),
+        flops=Flops(density * 4e9, 4e9, 6e9, *(((1 - density) * 1e8,) * 3)),
         absent={},
         device="cpu",
     )

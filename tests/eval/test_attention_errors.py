@@ -179,8 +179,6 @@ def test_maps_of_methods_with_memory_and_levels(steps, tmp_path):
     assert {attention_maps.KINDS[i] for i in made[0].kind.unique().tolist()} == {"exact"}
     kinds = {attention_maps.KINDS[i] for i in made[1].kind.unique().tolist()}
     assert kinds == {"exact", "cached"}
-    cached = made[1].kind == attention_maps.KINDS.index("cached")
-    assert bool(made[1].error[cached].isnan().all())
     psa = presets.psa(block_q=8, block_k=8, ratios=(0.2, 0.4, 0.6, 0.8), mode="topk")
     (levels,) = attention_maps.maps("psa", psa, steps, {1})
     kinds = {attention_maps.KINDS[i] for i in levels.kind.unique().tolist()}
@@ -189,6 +187,27 @@ def test_maps_of_methods_with_memory_and_levels(steps, tmp_path):
     again = attention_maps.load(attention_maps.file_of(tmp_path, "flashblock"))
     assert [(one.layer, one.step) for one in again] == [(0, 0), (0, 2)]
     assert torch.equal(again[1].kind, made[1].kind)
+
+
+def test_maps_of_what_was_kept(steps):
+    """A kept pair's error in fp64: the earlier step's contribution, in the later softmax."""
+    inner = Method(Raster(8), Halves(), Drop())
+    method = presets.flashblock(inner=inner, refresh=3)
+    _, one = attention_maps.maps("flashblock", method, steps, {0, 2})
+    old, new = steps[0][0], steps[2][0]
+    logits = [c.q[0, 1].double() @ c.k[0, 1].double().mT * 12**-0.5 for c in (old, new)]
+    values = [c.v[0, 1].double() for c in (old, new)]
+    true = logits[1].softmax(-1)
+    lse = torch.cat([logits[1][:, :24], logits[0][:, 24:]], 1).logsumexp(-1, keepdim=True)
+    size = (true @ values[1]).square().sum(-1).mean().sqrt()
+    wanted = torch.zeros(6, 6, dtype=torch.float64)
+    for j in range(6):
+        some, which = slice(8 * j, 8 * j + 8), j < 3
+        made = (logits[which][:, some] - lse).exp() @ values[which][some]
+        gap = made - true[:, some] @ values[1][some]
+        wanted[:, j] = gap.square().sum(-1).view(6, 8).mean(1).sqrt() / size
+    torch.testing.assert_close(one.error[1].double(), wanted, rtol=2e-3, atol=1e-4)
+    assert float(wanted[:, 3:].min()) > 1e-3, "what changed since is seen"
 
 
 def test_every_combination_runs(steps):

@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
-from dit_accel.eval import bench_kernels, kernel_checks
-from dit_accel.eval.kernel_cases import SHAPES, inputs
+from dit_accel.eval import bench_kernels, kernel_checks, memory_cases
+from dit_accel.eval.kernel_cases import SHAPES, Shape, inputs
+from dit_accel.eval.method_cases import method_cases
 
 
 def test_rows_are_written(tmp_path, capsys):
@@ -39,12 +40,64 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     assert "not timed" in bench_kernels.table(found["rows"])
 
 
+def test_norms_and_statistics(monkeypatch):
+    """Beside diffusers' arithmetic; and not where they are wrong."""
+    options = {"dtype": "float32", "device": "cpu", "say": lambda text: None}
+    found = bench_kernels.run(["norm_rotary", "block_summary"], ["small"], **options)
+    assert [row["case"] for row in found["rows"]] == [
+        "in one pass",
+        "diffusers' arithmetic",
+        "means of queries",
+        "means of keys and values",
+        "and variances",
+        "and covariances",
+    ]
+    assert all(row["ms"] > 0 and row["gbs"] > 0 for row in found["rows"])
+
+    def wrong(*arguments, **options):
+        q, k, v = norm_rotary(*arguments, **options)
+        return q, k * 1.0001, v
+
+    norm_rotary = memory_cases.norm_rotary
+    monkeypatch.setattr(memory_cases, "norm_rotary", wrong)
+    (row,) = bench_kernels.run(["norm_rotary"], ["small"], **options)["rows"]
+    assert row["error"].startswith("not timed: IncorrectError: norm_rotary over each head")
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 4), (2, 3, 3), (2, 2, 4)])
+def test_both_sides_of_norm_rotary_are_one_computation(grid):
+    """Text before an image, after a clip, and none."""
+    shape = Shape(grid, 2, text=0 if grid == (2, 2, 4) else 5, head_dim=16)
+    parts = inputs(shape, torch.float32, "cpu")
+    made = [case.call() for case in memory_cases.norm_rotary_cases(shape, parts)]
+    for mine, theirs in zip(*made, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_inputs_differ_by_head_and_can_be_repeated():
     shape = SHAPES["small"]
     first, again = (inputs(shape, torch.float32, "cpu", seed=1) for _ in range(2))
     assert first[0].shape == (1, shape.heads, shape.tokens, shape.head_dim)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0][:, 0], first[0][:, 1])
+
+
+def test_broad_inputs_attend_to_more_keys():
+    shape = SHAPES["small"]
+    shares = []
+    for strength in ("sharp", "broad"):
+        q, k, _ = inputs(shape, torch.float32, "cpu", strength=strength)
+        share = (q @ k.mT * shape.head_dim**-0.5).softmax(-1)
+        shares.append(float((share.square().sum(-1) ** -1).mean()))
+    assert shares[1] > 2 * shares[0]
+
+
+def test_ranks_of_psa_cost_what_they_say():
+    shape = SHAPES["small"]
+    parts = inputs(shape, torch.float32, "cpu")
+    notes = {case.name: case.note for case in method_cases(shape, parts)}
+    assert "with means" in notes["psa, work 0.15"]
+    assert "with means" not in notes["pisa"]
 
 
 def test_unknown_names_are_told(capsys):

@@ -9,7 +9,8 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dit_accel import InputError
-from dit_accel.eval.metrics import bootstrap, distribution, fidelity, vbench
+from dit_accel.eval.metrics import bootstrap, distribution, fidelity, semantic, vbench
+from dit_accel.pipelines.tiny_wan import scenes
 
 
 def clips(seed=0, noise=0.1, shape=(3, 3, 24, 20)):
@@ -181,7 +182,7 @@ def test_dimensions_with_weights_say_why_they_are_not_run(monkeypatch, tmp_path)
     assert "motion_smoothness" not in vbench.reasons()
 
 
-def test_what_the_package_says_is_read(monkeypatch, tmp_path):
+def test_what_the_package_says_is_read(monkeypatch, tmp_path, capsys):
     """Against a stand-in with the package's interface, since the package is not to be had."""
     import json
     import sys
@@ -192,7 +193,19 @@ def test_what_the_package_says_is_read(monkeypatch, tmp_path):
         def __init__(self, device, full_info_dir, output_path):
             self.out = Path(output_path)
 
-        def evaluate(self, videos_path, name, dimension_list, local, mode):
+        # as in vbench 0.1.5
+        def evaluate(
+            self,
+            videos_path,
+            name,
+            prompt_list=(),
+            dimension_list=None,
+            local=False,
+            read_frame=False,
+            mode="vbench_standard",
+            **kwargs,
+        ):
+            print("told")
             assert (mode, local) == ("custom_input", True)
             (dimension,) = dimension_list
             if dimension == "dynamic_degree":
@@ -219,6 +232,7 @@ def test_what_the_package_says_is_read(monkeypatch, tmp_path):
     assert got["motion_smoothness"] == {str(paths[0]): 10.0, str(paths[1]): 20.0}
     assert got["imaging_quality"] == pytest.approx({str(paths[0]): 0.1, str(paths[1]): 0.2})
     assert got["dynamic_degree"] == "vbench failed: RuntimeError: no RAFT"
+    assert capsys.readouterr().out == "", "stdout is for our results"
 
 
 def test_vbenchs_layout():
@@ -281,3 +295,18 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
         (values.mean(), values.mean() - reach, values.mean() + reach)
     )
     assert bootstrap.jackknife([[0], [1], [2], [3]], lambda kept: 0.0) is None
+
+
+# -- semantic --------------------------------------------------------------------------------------
+
+
+def test_no_caption_tells_where_two_shapes_stand():
+    """Why spatial relations are absent; with such a word in the grammar they are to be judged."""
+    places = {
+        *("above", "below", "beside", "besides", "behind", "before", "beneath", "under", "near"),
+        *("next", "between", "inside", "outside", "top", "bottom", "of", "front", "far", "in"),
+    }
+    assert not places & set(scenes.vocabulary())
+    assert all(len(scene.movers) == 1 for scene in scenes.evaluation_scenes())
+    assert "no word for where two shapes stand" in semantic.why_no_relation("tiny-wan")
+    assert "embedded domain alone" in semantic.why_no_relation("/some/model")

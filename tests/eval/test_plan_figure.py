@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 import dit_accel
 from dit_accel import Context, Geometry, InputError, Method, presets
-from dit_accel.eval import plan_figure
-from dit_accel.eval.capture import Captured, capture
+from dit_accel.eval import calls, plan_figure
 from dit_accel.layout import Raster
 from dit_accel.pipelines.generate import Request
 from dit_accel.rest import Centroid, Drop
@@ -32,7 +31,7 @@ def test_capture_takes_what_the_layer_was_given(pipe, monkeypatch):
     """The same tensors that stock attention computes with, and the pipeline as it was."""
     given = []
     before = {name: type(one) for name, one in pipe.transformer.attn_processors.items()}
-    found = capture(pipe, REQUEST, -1, 2, (0, 1))
+    found = calls.take(pipe, REQUEST, -1, 2, (0, 1))
     assert sorted(found) == [0, 1]
     assert {name: type(one) for name, one in pipe.transformer.attn_processors.items()} == before
     call = found[1]
@@ -69,11 +68,11 @@ def test_capture_takes_what_the_layer_was_given(pipe, monkeypatch):
 
 def test_capture_tells_bad_places(pipe):
     with pytest.raises(InputError, match="layer: expected one of 6, from 0, got 6"):
-        capture(pipe, REQUEST, 6, 0, (0,))
+        calls.take(pipe, REQUEST, 6, 0, (0,))
     with pytest.raises(InputError, match="step: expected one of 3, from 0, got 3"):
-        capture(pipe, REQUEST, 0, 0, (1, 3))
+        calls.take(pipe, REQUEST, 0, 0, (1, 3))
     with pytest.raises(InputError, match="head: expected one of 4, from 0, got 4"):
-        capture(pipe, REQUEST, 0, 4, (1,))
+        calls.take(pipe, REQUEST, 0, 4, (1,))
 
 
 def captured(steps=(0, 1), text=None, length=192):
@@ -81,7 +80,7 @@ def captured(steps=(0, 1), text=None, length=192):
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         q, k, v = torch.randn(3, 1, 1, length, 8, generator=generator)
-        found[step] = Captured(q, k, v, Context(Geometry(GRID, text), step, 2, 1, 4))
+        found[step] = calls.solved(q, k, v, Context(Geometry(GRID, text), step, 2, 1, 4))
     return found
 
 

@@ -3,10 +3,12 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,10 +221,14 @@ def test_other_files_of_the_model_are_refused(settings):
 
 
 def test_ranks_of_a_launcher(monkeypatch):
-    assert rank_of_environment() == Rank(0, 1, 0)
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+    assert rank_of_environment() == Rank(0, 1, 0, 1)
+    told = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in told.items():
         monkeypatch.setenv(name, value)
-    assert rank_of_environment() == Rank(3, 4, 1)
+    assert rank_of_environment() == Rank(3, 8, 1, 4)
+    assert rank_of_environment().sharing("cpu") == 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert rank_of_environment().sharing("cuda") == 2
 
     def refuse():
         raise InputError("no")
@@ -245,28 +251,73 @@ def words(model, prompts, out):
     ]
 
 
+def children(parent):
+    """Processes that a process started, from Linux."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    return [int(word) for word in found.split()]
+
+
+def alive(number):
+    """Whether a process runs: one that ended and was not waited for does not."""
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_run_goes_on(small_model, prompts, tmp_path, monkeypatch, capsys):
-    """Killed outright, and taken up by two processes."""
+    """Two processes whose parent is killed outright end with it; one takes the run up."""
     out = tmp_path / "run"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     start = "from dit_accel.cli import main; main()"
     call = [sys.executable, "-c", start, *words(small_model, prompts, out)]
-    first = subprocess.Popen(call, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen([*call, "--jobs", "2"], stderr=subprocess.DEVNULL)
     store, limit = Store(out), time.monotonic() + 300
     while not store.finished() and first.poll() is None and time.monotonic() < limit:
         time.sleep(0.02)
+    workers = children(first.pid)
+    assert len(workers) >= 2
     first.send_signal(signal.SIGKILL)
     first.wait()
+    limit = time.monotonic() + 60
+    while any(alive(worker) for worker in workers) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert not any(alive(worker) for worker in workers)
     there = store.finished()
-    assert there
+    assert 0 < len(there) < 6, "what its processes had begun was given up"
     before = {key: store.folder(key).stat().st_mtime_ns for key in there}
-    monkeypatch.setattr(sys, "argv", ["dit-accel", *call[3:], "--jobs", "2"])
+    monkeypatch.setattr(sys, "argv", ["dit-accel", *call[3:]])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
     assert "6 of 6 samples" in capsys.readouterr().out
     assert {key: store.folder(key).stat().st_mtime_ns for key in there} == before
     assert not list(out.glob("samples/.parts/*"))
+
+
+def test_processes_of_a_launcher(small_model, prompts, tmp_path, monkeypatch):
+    """`accelerate launch` starts its processes as torchrun does; both of them do their share."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out, free = tmp_path / "run", socket.create_server(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    start = tmp_path / "start.py"
+    start.write_text("from dit_accel.cli import main; main()")
+    call = [
+        *accelerate, "--multi_gpu", "--num_processes", "2", "--main_process_port", str(port),
+        str(start), *words(small_model, prompts, out),
+    ]  # fmt: skip
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 of 6 samples") == 1, "the first process tells"
+    made = Store(out)
+    assert {sample.sharing for sample in made.samples()} == {2}
+    again = run(load(small_model, device="cpu"), made.run().settings, tmp_path / "one")
+    assert again.complete
+    assert all(equal(made, Store(tmp_path / "one"), key) for key in made.finished())
 
 
 def test_the_embedded_model(tmp_path, monkeypatch, capsys):

@@ -149,8 +149,8 @@ def test_what_is_no_run_is_told(tmp_path, fake):
             Store(tmp_path).run()
     store = fake.fake_run(tmp_path / "run", fake.settings(prompts=fake.PROMPTS[:1]))
     path = store.root / "run.json"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
-    with pytest.raises(InputError, match=r"expected format 1 in .*, got 2"):
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
+    with pytest.raises(InputError, match=r"expected format 2 in .*, got 1"):
         store.run()
     with pytest.raises(InputError, match="expected one of dense, dense-math"):
         fake.settings().variant("nothing")

@@ -155,7 +155,7 @@ def test_what_does_not_fit():
     q = q.detach()
     with pytest.raises(ValueError, match=r"key_valid: expected bool .2, 53."):
         partial_attention(q, k, v, key_valid=torch.ones(2, 37, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"backend: expected one of auto, xformers, .*, got 'x'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, flash3, .*, got 'x'"):
         partial_attention(q, k, v, backend="x")
 
 

@@ -47,9 +47,27 @@ def test_levels_follow_the_ranking(ties, inclusive, backend):
     assert got.unique().numel() >= 3
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_codes_are_written_where_they_belong(backend):
+    generator = torch.Generator().manual_seed(1)
+    score = torch.randn(2, 2, 3, 19, generator=generator)
+    bounds = torch.tensor([2.0, 5.0, 9.0]).view(1, 1, 1, -1)
+    number = rank_levels(score, torch.ones(1, 1, 1, 19), bounds, backend="reference")
+    around = torch.full((2, 2, 4, 23), 99, dtype=torch.int8)
+    within = around[:, :, :3, 1:20]
+    options = {"codes": (0, 8, 4, 15), "out": within, "backend": backend}
+    assert rank_levels(score, torch.ones(1, 1, 1, 19), bounds, **options) is within
+    assert torch.equal(within, torch.tensor((0, 8, 4, 15), dtype=torch.int8)[number.int()])
+    assert (around == 99).sum() == around.numel() - within.numel()
+
+
 def test_what_does_not_fit_is_told():
     score = torch.zeros(1, 1, 2, 3)
     with pytest.raises(ValueError, match=r"worth: expected \[1\|1, 1\|1, 2\|1, 3\]"):
         rank_levels(score, score[..., :2], score)
+    with pytest.raises(ValueError, match="codes: expected 4 of 0 to 15, got"):
+        rank_levels(score, score, score, codes=(0, 1, 2, 16))
+    with pytest.raises(ValueError, match="out: expected int8"):
+        rank_levels(score, score, score, out=torch.zeros(1, 1, 2, 3))
     with pytest.raises(ValueError, match="fp32, not"):
         rank_levels(score.double(), score, score, backend="triton")

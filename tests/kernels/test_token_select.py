@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.kernels.token_select import token_select
+from dit_accel.kernels.token_select import token_counts, token_select
 
 pytest.importorskip("triton")
 
@@ -81,3 +81,24 @@ def test_what_does_not_fit_is_told():
         token_select(q, k_mean, own[..., :3], full, **options)
     with pytest.raises(ValueError, match="num_video: expected 0 to 40, got 41"):
         token_select(q, k_mean, own, full, **{**options, "num_video": 41})
+
+
+@pytest.mark.parametrize("mode", ["threshold", "topk"])
+@pytest.mark.parametrize("misled", [1.0, 0.01, 4.0])
+def test_a_guess_of_some_tokens_decides_nothing(monkeypatch, mode, misled):
+    monkeypatch.setattr("dit_accel.kernels.token_select.triton._SAMPLES", ((7, 0),))
+    q, k_mean, own, full = problem(torch.float32, whole=False, length=210)
+    q[:, :, ::7] *= misled  # those that are looked at have gates like no others
+    options = {"num_video": 40, "text_span": (0, 0), "threshold": 0.25, "mode": mode}
+    got = token_select(q, k_mean, own, full, backend="triton", **options)
+    wanted = token_select(q.double(), k_mean.double(), own, full, **options)
+    assert (got != wanted).sum() <= 4
+
+
+@pytest.mark.parametrize("heads", [2, 1])
+def test_counts(heads):
+    select = torch.rand(2, 2, 300, 150, generator=torch.Generator().manual_seed(1)) < 0.3
+    select = select[:, :heads, :, :140]  # rows apart
+    counts = token_counts(select, backend="triton")
+    assert torch.equal(counts, token_counts(select))
+    assert torch.equal(counts, select.sum(2))

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_accel.kernels.block_attention import block_attention
+from dit_accel.kernels.block_attention import block_attention, groups
+from dit_accel.kernels.block_attention import triton as block_attention_triton
 from dit_accel.kernels.block_summary import block_mean, block_summary
+from dit_accel.kernels.block_summary import triton as block_summary_triton
 from dit_accel.kernels.packed import START_BIT, compact, tiles
 from dit_accel.kernels.topk import topk_mask
 
@@ -120,10 +122,29 @@ def test_what_the_kernel_cannot_do_is_refused():
         shared.run(*(x.bfloat16() for x in (q, k, v)), queries, keys, code, backend="triton")
 
 
+@pytest.fixture
+def late(monkeypatch):
+    """Means are subtracted late in fp16 too: Triton's interpreter has no products in bf16."""
+    monkeypatch.setattr(block_summary_triton, "_LATE", (torch.float16,))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_statistics(masked, dtype):
-    _, k, v, _, keys, _, valid = shared.problem(batch=2, heads=2, length=150, depth=16, dtype=dtype)
+@pytest.mark.parametrize("length", [100, 500])
+@pytest.mark.parametrize("told", [False, True])
+def test_statistics(told, length, masked, dtype, late):
+    """Of blocks that fit a tile and of longer ones, and whether or not that is known before."""
+    _, k, v, _, keys, _, valid = shared.problem(
+        batch=2, heads=2, length=length, depth=16, nk=12, dtype=dtype
+    )
+    # means that are far from zero, as those of keys are, where the kernel subtracts them late
+    far = 6 if dtype == torch.float16 else 1
+    k = k + torch.linspace(-far, far, 16, dtype=dtype)
+    longest = int(keys.offsets.diff(dim=-1).max())
+    assert (longest <= 64) == (length == 100), "both kinds of kernel are tested"
+    if masked:  # what padding holds may reach no result
+        hole = ~valid[:, None, :, None]
+        k, v = k.masked_fill(hole, torch.nan), v.masked_fill(hole, torch.nan)
     valid = valid if masked else None
 
     def run(backend, k, v):
@@ -136,6 +157,7 @@ def test_statistics(masked, dtype):
             key_valid=valid,
             k_var=True,
             cov=True,
+            longest=longest if told else None,
             backend=backend,
         )
 
@@ -143,8 +165,32 @@ def test_statistics(masked, dtype):
     assert torch.equal(got.count.expand_as(exact.count), exact.count)
     for name in ("k_mean", "v_mean", "k_var", "cov_sum", "cov_norm"):
         no_worse(getattr(got, name), getattr(low, name), getattr(exact, name), dtype)
-    mean = block_mean(k, perm=keys.perm, offsets=keys.offsets, valid=valid, backend="triton")
+    mean = block_mean(
+        k,
+        perm=keys.perm,
+        offsets=keys.offsets,
+        valid=valid,
+        longest=longest if told else None,
+        backend="triton",
+    )
     no_worse(mean, low.k_mean, exact.k_mean, dtype)
+
+
+@pytest.mark.parametrize("num_video", [0, 1, 33, 40])
+def test_covariances_are_of_the_video_alone(num_video, late):
+    """Runs of blocks that end within the video, at its end, and in text of all sizes."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 1, 40, 16, generator=generator).half() for _ in range(2))
+    perm = torch.randperm(40, generator=generator).view(1, 1, -1)
+    offsets = torch.arange(41, dtype=torch.int32).view(1, 1, -1)
+    # blocks of one token have no covariance: the last four are made one of four
+    offsets = torch.cat([offsets[..., :37], offsets[..., 40:]], -1)
+    options = {"perm": perm, "offsets": offsets, "num_video": min(num_video, 37), "cov": True}
+    got = block_summary(k, v, longest=4, backend="triton", **options)
+    exact = block_summary(k.double(), v.double(), backend="reference", **options)
+    torch.testing.assert_close(got.cov_sum.double(), exact.cov_sum, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got.cov_norm.double(), exact.cov_norm, rtol=0, atol=2e-3)
+    assert (got.cov_sum.abs().max() > 0.1) == (num_video > 36)
 
 
 def test_topk_takes_so_many_and_the_first_of_equals():
@@ -226,3 +272,32 @@ def test_pooled_levels(masked, dtype):
     exact, low, got = both(run, q, q, k, v)
     no_worse(got[0], low[0], exact[0], dtype)
     no_worse(got[1], low[1], exact[1], dtype)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("levels", [False, True])
+def test_groups_of_heads_change_nothing(monkeypatch, batch, levels):
+    """With everything that has heads: orders, a plan, a rest, a mask, attention to be merged."""
+    q, k, v, queries, keys, code, valid = shared.problem(
+        batch=batch, heads=5, length=41, depth=16, dtype=torch.float32
+    )
+    if levels:
+        code[0, 1::2, 2] = 2
+    rest = shared.terms(k, v, keys, valid, "taylor", "global", "reference")
+    onto = torch.randn(q.shape), torch.randn(q.shape[:3])
+    options = {"rest": rest, "onto": onto, "backend": "triton"}
+    whole = shared.run(q, k, v, queries, keys, code, valid, **options)
+    seen = []
+    each = 2 * 41 * 16 * 4  # bytes of a head's keys and values
+    monkeypatch.setattr(groups, "COPY_BYTES", 2 * each)
+    monkeypatch.setattr(
+        block_attention_triton,
+        "block_attention",
+        lambda q, *a, run=block_attention_triton.block_attention, **o: (
+            seen.append(q.shape[:2]),
+            run(q, *a, **o),
+        ),
+    )
+    got = shared.run(q, k, v, queries, keys, code, valid, **options)
+    assert seen == [(1, 1), (1, 2), (1, 2)] * batch
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))

@@ -31,14 +31,13 @@ CONTEXT = (0, FINE, COARSE + 2 * FINE, 3 * COARSE + 2 * FINE)  # keys in the cac
 KEPT = {"inner": "dense", "refresh": 99}
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def transformer_for(parts, head_dim=12):
+    """Of a pipeline with these parts."""
     torch.manual_seed(0)
-    parts = tiny_wan.untrained(autoencoder={"base_dim": 8}).components
-    transformer = AnyFlowFARTransformer3DModel(
+    made = AnyFlowFARTransformer3DModel(
         full_chunk_limit=2,
         num_attention_heads=HEADS,
-        attention_head_dim=12,
+        attention_head_dim=head_dim,
         in_channels=parts["vae"].config.z_dim,
         out_channels=parts["vae"].config.z_dim,
         text_dim=parts["text_encoder"].config.d_model,
@@ -49,9 +48,17 @@ def directory(tmp_path_factory):
         chunk_partition=CHUNKS,
     )
     # attention of fresh weights is all but flat: sharpen it, so that what is kept shows
-    for block in transformer.blocks:
+    for block in made.blocks:
         for norm in (block.attn1.norm_q, block.attn1.norm_k):
             torch.nn.init.normal_(norm.weight, mean=2.0, std=0.5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    torch.manual_seed(0)
+    parts = tiny_wan.untrained(autoencoder={"base_dim": 8}).components
+    transformer = transformer_for(parts)
     names = ("tokenizer", "text_encoder", "vae")
     made = AnyFlowFARPipeline(
         **{name: parts[name] for name in names},
@@ -145,6 +152,19 @@ def test_dense_through_ours_is_stock_to_the_bit(directory, pipe, options):
     ours.set_attn_processor("dense")
     assert torch.equal(go(ours, **options), wanted)
     assert session_of(ours).log.density == 1.0
+
+
+def test_norms_by_the_kernel(pipe):
+    """The chunk's own; keys of the context are rotated by diffusers' arithmetic."""
+    pipe.transformer = transformer_for(pipe.components, head_dim=16)
+    both = compare(pipe, "pisa", norm_rotary="triton", density=1.0, block_size=8)
+    # two chunks, the second beside the first
+    frames = pipe.vae_scale_factor_temporal + 1
+    short = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    go(pipe, num_frames=frames, chunk_partition=[1, 1], **short)
+    assert session_of(pipe).log.norm_rotary == {"triton": 2 * LAYERS, "diffusers": LAYERS}
+    # rounding in fp32, in another order
+    assert 0 < both.most < 1e-5
 
 
 def test_halves(pipe):

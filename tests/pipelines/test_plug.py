@@ -389,7 +389,7 @@ def test_bad_methods_change_nothing(pipe):
         ("pisa", {"density": 1.5}, "density: expected float > 0, <= 1, got 1.5"),
         ("pisa", {"densty": 0.1}, "did you mean 'density'"),
         (3, {}, "expected a preset's name or a Method, got int"),
-        (presets.pisa(), {"density": 0.1}, "only dense_steps or dense_layers beside a Method"),
+        (presets.pisa(), {"density": 0.1}, "only dense_steps, dense_layers or dense_below beside"),
     ):
         with pytest.raises(InputError, match=message):
             dit_accel.accelerate(pipe, given, **options)

@@ -229,8 +229,7 @@
         }));
         const top = any[1].top;
         $("map-legend").replaceChildren(
-          make("span", {}, `≤ ${short(top / 10 ** maps.decades)}`, bar, `${short(top)}, logarithmic`),
-          make("span", {}, swatch("rgb(150 150 150)"), "not told apart"));
+          make("span", {}, `≤ ${short(top / 10 ** maps.decades)}`, bar, `${short(top)}, logarithmic`));
       } else {
         $("map-legend").replaceChildren(...maps.kinds.flatMap((kind, i) => (used.has(kind)
           ? [make("span", {}, swatch(maps.palette[i]), kind)] : [])));
@@ -243,7 +242,7 @@
         const rows = map.shares.map((share) => make("tr", {},
           make("th", { scope: "row" }, swatch(maps.palette[maps.kinds.indexOf(share.kind)]), share.kind),
           make("td", { textContent: `${(100 * share.share).toFixed(1)}%` }),
-          make("td", { textContent: share.error === null ? "—" : short(share.error) })));
+          make("td", { textContent: short(share.error) })));
         rows.push(make("tr", {}, make("th", { scope: "row", textContent: "whole output" }), make("td"), make("td", { textContent: short(map.row) })));
         const head = make("thead", {}, make("tr", {}, make("th"), make("th", { textContent: "pairs" }), make("th", { textContent: "error" })));
         return make("figure", {}, caption, image, make("table", {}, head, make("tbody", {}, ...rows)));

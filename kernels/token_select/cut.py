@@ -1,0 +1,147 @@
+"""The cut from sums and counts of gates: one program a head, in place of many small launches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def summed_kernel(count_ptr, base_ptr, done_ptr, sum_ptr, CHUNK: tl.constexpr, COUNT: tl.constexpr):
+    """Sums of consecutive values, each as often as it was counted."""
+    pair, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    if tl.load(done_ptr + pair) != 0:
+        return
+    value = part * CHUNK + tl.arange(0, CHUNK)
+    number = tl.load(count_ptr + pair * tl.num_programs(0) * CHUNK + value).to(tl.int64)
+    if not COUNT:
+        number *= value + tl.load(base_ptr + pair)
+    tl.store(sum_ptr + pair * tl.num_programs(0) + part, tl.sum(number, 0))
+
+
+@triton.jit
+def _wanted(total, share_ptr, COUNT: tl.constexpr):
+    """What must be reached, fp64, of a sum or of a number of pairs."""
+    share = total.to(tl.float64) * tl.load(share_ptr)
+    if COUNT:
+        share = tl.maximum(tl.floor(share + 1e-9), 1.0)
+    return share
+
+
+@triton.jit
+def _boundary(sums, lane, have, wanted, N: tl.constexpr):
+    """In which of the first ``N`` bins, from the last one down, enough is reached.
+
+    ``N`` if there is enough before; and what there is before that bin.
+    """
+    above = tl.sum(sums, 0) - tl.cumsum(sums, 0) + have
+    needs = (above.to(tl.float64) < wanted) & (lane < N)
+    number = N - tl.sum(needs.to(tl.int32), 0)
+    before = tl.sum(tl.where(lane == number, above, 0), 0)
+    return number, tl.where(number < N, before, have)
+
+
+@triton.jit(do_not_specialize=["tiles", "shift"])
+def digit_kernel(sum_ptr, share_ptr, done_ptr, base_ptr, have_ptr, wanted_ptr, tiles, shift,
+           COUNT: tl.constexpr, FIRST: tl.constexpr, BINS: tl.constexpr,
+           BT: tl.constexpr):  # fmt: skip
+    """The next digit of the cut, from the sums of all tiles."""
+    pair = tl.program_id(0).to(tl.int64)
+    if tl.load(done_ptr + pair) != 0:
+        return
+    lane = tl.arange(0, 2 * BINS)
+    sums = tl.zeros([BT, 2 * BINS], tl.int64)
+    for first in range(0, tiles, BT):
+        tile = first + tl.arange(0, BT)
+        where = (pair * tiles + tile)[:, None] * 2 * BINS + lane[None, :]
+        sums += tl.load(sum_ptr + where, mask=(tile < tiles)[:, None], other=0)
+    found = tl.sum(sums, 0)
+    if FIRST:
+        have = tl.sum(tl.where(lane == BINS + 1, found, 0), 0)
+        wanted = _wanted(tl.sum(tl.where(lane == BINS, found, 0), 0), share_ptr, COUNT)
+        tl.store(wanted_ptr + pair, wanted)
+    else:
+        have, wanted = tl.load(have_ptr + pair), tl.load(wanted_ptr + pair)
+    digit, have = _boundary(tl.where(lane < BINS, found, 0), lane, have, wanted, BINS)
+    base = digit.to(tl.int64) << shift
+    if not FIRST:
+        base += tl.load(base_ptr + pair)
+    tl.store(base_ptr + pair, base)
+    tl.store(have_ptr + pair, have)
+
+
+@triton.jit(do_not_specialize=["tiles", "every"])
+def cut_kernel(
+    count_ptr, summed_ptr, base_ptr, sum_ptr, share_ptr, have_ptr, wanted_ptr, done_ptr,
+    cut_ptr, needed_ptr, tiles, every,
+    COUNT: tl.constexpr, GUESSED: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """The smallest gate that is selected, and how many of its equals.
+
+    Where the values that were counted lie at a guess, it is done only if the cut is among them.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    if tl.load(done_ptr + pair) != 0:
+        return
+    if GUESSED:
+        lane = tl.arange(0, 4)
+        sums = tl.zeros([BT, 4], tl.int64)
+        for first in range(0, tiles, BT):
+            tile = first + tl.arange(0, BT)
+            mask = (tile < tiles)[:, None] & (lane < 3)[None, :]
+            where = (pair * tiles + tile)[:, None] * 3 + lane[None, :]
+            sums += tl.load(sum_ptr + where, mask=mask, other=0)
+        found = tl.sum(sums, 0)
+        wanted = _wanted(tl.sum(tl.where(lane < 2, found, 0), 0), share_ptr, COUNT)
+        have = tl.sum(tl.where((lane == 0) | (lane == 2), found, 0), 0)
+    else:
+        have, wanted = tl.load(have_ptr + pair), tl.load(wanted_ptr + pair)
+    base = tl.load(base_ptr + pair)
+    number = tl.arange(0, PARTS)
+    summed = tl.load(summed_ptr + pair * PARTS + number)
+    enough = (have + tl.sum(summed, 0)).to(tl.float64) >= wanted
+    part, have = _boundary(summed, number, have, wanted, PARTS)
+    if GUESSED and ((part == PARTS) | ((enough == 0) & (base > 0))):
+        return
+    value = tl.arange(0, CHUNK)
+    some = tl.minimum(part, PARTS - 1)
+    first = base + some * CHUNK
+    counts = tl.load(count_ptr + (pair * PARTS + some) * CHUNK + value).to(tl.int64)
+    worth = counts if COUNT else counts * (first + value)
+    digit, have = _boundary(worth, value, have, wanted, CHUNK)
+    cut = first + digit
+    # of those that equal the cut, as many as are reached before there is enough
+    each = (tl.full([], 1, tl.int64) if COUNT else cut).to(tl.float64)
+    needed = tl.ceil((wanted - have) / tl.maximum(each, 1.0))
+    needed = tl.where(each > 0, needed, every.to(tl.float64))
+    needed = tl.where((part < PARTS) & (digit < CHUNK), needed, 0.0)
+    tl.store(cut_ptr + pair, cut)
+    tl.store(needed_ptr + pair, needed.to(tl.int64))
+    if GUESSED:
+        tl.store(done_ptr + pair, 1)
+
+
+class State(NamedTuple):
+    """What is known of the cut, by head ``[P]``; ``share`` and ``zero`` stay as they are."""
+
+    base: Tensor  # int64, where the values begin that are looked at
+    have: Tensor  # int64, of what is above them and of own blocks
+    wanted: Tensor  # fp64
+    cut: Tensor  # int64
+    needed: Tensor  # int64
+    zero: Tensor  # int64
+    done: Tensor  # int32
+    share: Tensor  # fp64 [1], the threshold
+
+    @classmethod
+    def of(cls, pairs: int, threshold: float, device: torch.device) -> State:
+        base, have, cut, needed, zero = torch.zeros(5, pairs, dtype=torch.int64, device=device)
+        wanted = torch.empty(pairs, dtype=torch.float64, device=device)
+        done = torch.zeros(pairs, dtype=torch.int32, device=device)
+        share = torch.full((1,), threshold, dtype=torch.float64, device=device)
+        return cls(base, have, wanted, cut, needed, zero, done, share)

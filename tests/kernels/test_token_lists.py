@@ -1,0 +1,87 @@
+"""Which boxes each tile of tokens goes through: the kernels, interpreted, against plain Python."""
+
+import pytest
+import torch
+
+from dit_accel.kernels.packed import compact
+
+pytest.importorskip("triton")
+lists = pytest.importorskip("dit_accel.kernels.token_attention.lists")
+LENGTH, BLOCKS, HEADS, BOX = 150, 21, 2, 16
+
+
+def bit(number):
+    return int(f"{number:04b}"[::-1], 2)
+
+
+def gray_place(word):
+    place = 0
+    while word:
+        place ^= word
+        word >>= 1
+    return place
+
+
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(2, HEADS, 1, BLOCKS, generator=generator)
+    select = torch.rand(2, HEADS, LENGTH, BLOCKS, generator=generator) < share * 0.6
+    select[0, 1, :60] = False
+    select[1, 0] = select[1, 0, :1]
+    cuts = torch.randint(0, LENGTH, (BLOCKS - 1,), generator=generator).sort().values.tolist()
+    offsets = torch.tensor([0, *cuts, LENGTH], dtype=torch.int32).view(1, 1, -1)
+    perm = torch.randperm(LENGTH, generator=generator).view(1, 1, -1)
+    valid = torch.rand(2, LENGTH, generator=generator) < 0.9
+    return select, compact(perm, offsets, valid)
+
+
+def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch):
+    monkeypatch.setattr(lists, "_SORTED", 64)
+    select, order = problem()
+    groups, size = lists.grouping(BLOCKS)
+    assert (groups, size) == (2, 11)
+    found = lists.boxes_of(order, LENGTH, size, BOX)
+    made = lists.lists(select, found, HEADS, 1, 2, BOX)
+    seen = 0
+    for unit in range(2 * groups):
+        pair, group = divmod(unit, groups)
+        b, h = divmod(1 + pair, HEADS)
+        bounds = order.offsets[b % order.offsets.shape[0], 0].tolist()
+        chosen = select[b, h, :, group * size : (group + 1) * size].tolist()
+        words = [sum(1 << bit(i) for i, x in enumerate(row) if x) for row in chosen]
+        tokens = [i for i in range(LENGTH) if words[i]]
+        tokens.sort(key=lambda i: gray_place(words[i]))
+        count = len(tokens)
+        assert made.token[unit, :count].tolist() == tokens
+        assert (made.word[unit, :count].int() & 0xFFFF).tolist() == [words[i] for i in tokens]
+        places = [tokens.index(i) if words[i] else -1 for i in range(LENGTH)]
+        assert made.place[unit].tolist() == places
+        first = int(made.first[unit])
+        assert int(made.first[unit + 1]) - first == -(-count // lists.ROWS)
+        for tile, begin in enumerate(range(0, count, lists.ROWS)):
+            rows = [words[i] for i in tokens[begin : begin + lists.ROWS]]
+            of_all, of_some = [], []
+            for i in range(min(size, BLOCKS - group * size)):
+                start, stop = bounds[group * size + i : group * size + i + 2]
+                for at in range(start, stop, BOX):
+                    length = min(BOX, stop - at)
+                    entry = at << 11 | bit(i) << 7 | length
+                    everyone = all(word >> bit(i) & 1 for word in rows)
+                    if everyone and length == BOX:
+                        of_all.append(entry)
+                    elif any(word >> bit(i) & 1 for word in rows):
+                        of_some.append(entry)
+            item = made.item[first + tile, :6].tolist()
+            every = len(of_all) + len(of_some)
+            assert item[:5] == [unit, tile, len(rows), len(of_all), every]
+            wanted = of_all + of_some + [0] * lists.AHEAD
+            assert made.listed[item[5] :][: len(wanted)].tolist() == wanted
+            seen += bool(of_all) + bool(of_some)
+    assert seen > 4
+
+
+def test_groups_are_even():
+    assert [lists.grouping(n) for n in (1, 11, 16, 17, 300, 960)] == [
+        *((1, 1), (1, 11), (1, 16), (2, 9)),
+        *((19, 16), (60, 16)),
+    ]
