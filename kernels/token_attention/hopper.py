@@ -37,6 +37,7 @@ from dit_accel.kernels.token_attention.lists import (
     bytes_of,
     grouping,
     lists,
+    runs,
     specimens,
 )
 
@@ -422,9 +423,8 @@ def token_attention(
         for x, buffer in ((k, keys), (v, values)):
             gather_rows(x, order.perm, buffer, first_pair, some)
         made = lists(select, found, heads, first_pair, some, box)
-        for first_unit in range(0, some * groups, units):
+        for first_unit, these in runs(some, groups, units):
             pair, group = divmod(first_unit, groups)
-            these = min(units, (some - pair) * groups if units >= groups else groups - group)
             attend_kernel[(_processors(device),)](
                 q,
                 *described,

@@ -85,3 +85,18 @@ def test_groups_are_even():
         *((1, 1), (1, 11), (1, 16), (2, 9)),
         *((19, 16), (60, 16)),
     ]
+
+
+@pytest.mark.parametrize("units", [1, 3, 7, 14, 21, 100])
+@pytest.mark.parametrize("pairs", [1, 2, 5])
+def test_runs_hold_every_group_once(pairs, units):
+    groups = 7
+    units = units if units < groups else units // groups * groups
+    runs = list(lists.runs(pairs, groups, units))
+    held = [unit for first, count in runs for unit in range(first, first + count)]
+    assert held == list(range(pairs * groups))
+    for first, count in runs:
+        assert count <= units
+        # whole heads, or a part of one
+        whole = first % groups == 0 and count % groups == 0
+        assert whole or first // groups == (first + count - 1) // groups
