@@ -37,9 +37,9 @@ from dit_accel.kernels.token_attention.lists import (
     bytes_of,
     grouping,
     lists,
-    runs,
     specimens,
 )
+from dit_accel.kernels.token_attention.runs import runs
 
 KEPT_BYTES = 5 * 2**28
 """What partials may take."""

@@ -7,6 +7,7 @@ from dit_accel.kernels.packed import compact
 
 pytest.importorskip("triton")
 lists = pytest.importorskip("dit_accel.kernels.token_attention.lists")
+runs = pytest.importorskip("dit_accel.kernels.token_attention.runs")
 LENGTH, BLOCKS, HEADS, BOX = 150, 21, 2, 16
 
 
@@ -92,10 +93,10 @@ def test_groups_are_even():
 def test_runs_hold_every_group_once(pairs, units):
     groups = 7
     units = units if units < groups else units // groups * groups
-    runs = list(lists.runs(pairs, groups, units))
-    held = [unit for first, count in runs for unit in range(first, first + count)]
+    found = list(runs.runs(pairs, groups, units))
+    held = [unit for first, count in found for unit in range(first, first + count)]
     assert held == list(range(pairs * groups))
-    for first, count in runs:
+    for first, count in found:
         assert count <= units
         # whole heads, or a part of one
         whole = first % groups == 0 and count % groups == 0
