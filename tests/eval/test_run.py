@@ -322,6 +322,8 @@ def test_processes_of_a_launcher(small_model, prompts, tmp_path, monkeypatch):
 
 def test_the_embedded_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("dit_accel.cli.common.out._width", 200)
+    monkeypatch.setattr("dit_accel.cli.common.out._height", 50)
     call = (
         "eval run --methods pisa --density 0.15 --limit 1 --steps 2 --frames 9 --height 64 "
         f"--width 64 --warmup 0 --seeds 0,1 --device cpu --out {tmp_path / 'run'}"
