@@ -45,7 +45,9 @@ def progress(*, shown: bool = True) -> Progress:
 def print_wide(table: Table) -> None:
     """Print a table without shortening it; a narrow terminal wraps its lines."""
     wide = table.__rich_measure__(out, out.options.update(width=1000)).maximum
-    out.print(table, width=max(out.width, wide), no_wrap=True, crop=False, soft_wrap=True)
+    # a console prints nothing wider than itself, whatever width its print is given
+    console = Console(file=out.file, width=max(out.width, wide))
+    console.print(table, crop=False, soft_wrap=True)
 
 
 def quiet() -> None:
