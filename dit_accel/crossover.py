@@ -1,6 +1,6 @@
 """From what length on a method is faster than dense attention, as measured, by architecture.
 
-``crossovers.json`` beside this file is what ```dit-accel bench crossover`` measured. A method in a
+``crossovers.json`` beside this file is what ``dit-accel bench crossover`` measured. A method in a
 pipeline steps aside for dense attention where a sequence is shorter (``dense_below="auto"`` of its
 schedule), on a GPU of an architecture that was measured, and nowhere else.
 """
@@ -25,8 +25,6 @@ from dit_accel.types import Context
 
 DTYPES = (torch.bfloat16, torch.float16)
 """What the figures, measured in bf16, are for."""
-
-
 _MOST = 4096
 """Calls that a `Chooser` remembers."""
 

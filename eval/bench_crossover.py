@@ -259,7 +259,10 @@ def write(made: Mapping[str, Any], path: Path) -> None:
         lines.append(
             f' "{architecture}": {{\n  "measured": {about},\n  "rows": [\n   {each}\n  ]\n }}'
         )
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    # whole or not at all: it holds figures of other runs
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    part.replace(path)
 
 
 if __name__ == "__main__":

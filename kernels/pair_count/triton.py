@@ -16,6 +16,7 @@ _PROGRAMS = 1024
 """Rows of a head that are counted by one program, which leaves no sum to be added up."""
 _SIZES = ["heads", "rows", "columns", "run"]
 _SIZES += [f"{name}_{axis}" for name in ("code", "key", "query") for axis in "bh"]
+_SIZES.append("code_l")
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -30,6 +31,7 @@ def count_kernel(
     run,
     code_b,
     code_h,
+    code_l,
     key_b,
     key_h,
     query_b,
@@ -49,7 +51,7 @@ def count_kernel(
             column = start + tl.arange(0, COLUMNS)
             known = column < columns
             length = tl.load(keys + b * key_b + h * key_h + column, mask=known, other=0)
-            where = row[:, None].to(tl.int64) * columns + column[None, :]
+            where = row[:, None].to(tl.int64) * code_l + column[None, :]
             both = (row < rows)[:, None] & known[None, :]
             kind = tl.load(codes + where, mask=both, other=0)
             each += tl.sum(tl.where(kind == 1, length.to(tl.int32)[None, :], 0), 1)
@@ -66,7 +68,8 @@ def pair_count(code: Tensor, keys: Tensor, queries: Tensor | None) -> Tensor:
     given = (code, keys, sizes)
     batch, heads = (max(x.shape[axis] for x in given) for axis in (0, 1))
     rows, columns = code.shape[2:]
-    code = code.contiguous().view(torch.int8)
+    # a selection by token may be gigabytes, and its rows apart: no copy of it
+    code = (code if code.stride(3) == 1 else code.contiguous()).view(torch.int8)
     keys, sizes = keys.contiguous(), sizes.contiguous()
     run = max(_ROWS, min(_PROGRAMS, 2**19 // max(1, columns)) // _ROWS * _ROWS)
     parts = max(1, -(-rows // run))
@@ -75,7 +78,10 @@ def pair_count(code: Tensor, keys: Tensor, queries: Tensor | None) -> Tensor:
         count_kernel,
         (parts, batch * heads),
         (code, keys, sizes, found),
-        (heads, rows, columns, run, *lead_strides(code), *lead_strides(keys), *lead_strides(sizes)),
+        (
+            *(heads, rows, columns, run, *lead_strides(code), code.stride(2)),
+            *(*lead_strides(keys), *lead_strides(sizes)),
+        ),
         WEIGHED=queries is not None,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,

@@ -1,5 +1,5 @@
 """Which key blocks every query token selects."""
 
-from dit_accel.kernels.token_select.api import token_counts, token_select
+from dit_accel.kernels.token_select.api import token_select
 
-__all__ = ["token_counts", "token_select"]
+__all__ = ["token_select"]

@@ -81,27 +81,3 @@ def token_select(
     with torch.no_grad():
         select: Tensor = run(q, k_mean, own, full, num_video, text_span, threshold, scope, mode)
     return select
-
-
-def token_counts(select: Tensor, *, backend: str = "auto") -> Tensor:
-    """How many tokens selected each block.
-
-    Args:
-        select: bool ``[B, H, L, Nk]``, any strides.
-        backend: ``"auto"``, ``"reference"`` or ``"triton"``; a named one never falls back.
-
-    Returns:
-        int64 ``[B, H, Nk]``.
-
-    Raises:
-        ValueError: it is not that, or the backend cannot run here.
-    """
-    if select.dtype != torch.bool or select.ndim != 4:
-        raise ValueError(
-            f"select: expected bool [B, H, L, Nk], got {select.dtype} {list(select.shape)}"
-        )
-    like = select.new_empty((0, 16), dtype=torch.float16)  # of a head size that kernels take
-    refusal = triton_refusal(like)
-    chosen = resolve(backend, select, ("auto", "reference", "triton"), refusal, any_size=True)
-    counts: Tensor = implementation("token_select", chosen).token_counts(select)
-    return counts

@@ -80,13 +80,3 @@ def _choose_row(
     before = have + value.cumsum(-1) - value
     take = (before < wanted) & can.gather(-1, order) & ~own.gather(-1, order)
     return own | torch.zeros_like(own).scatter_(-1, order, take)
-
-
-def token_counts(select: Tensor) -> Tensor:
-    counts = torch.empty(
-        *select.shape[:2], select.shape[3], dtype=torch.int64, device=select.device
-    )
-    for b in range(select.shape[0]):
-        for h in range(select.shape[1]):
-            counts[b, h] = select[b, h].sum(0)
-    return counts

@@ -286,23 +286,6 @@ def _settle(
             rank = before + tl.cumsum(ties, 0) - ties
 
 
-@triton.jit(do_not_specialize=["heads", "length", "blocks"])
-def _counts(select_ptr, count_ptr, select_b, select_h, select_l, heads, length, blocks,
-            ROWS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """How many of some tokens chose each of some blocks."""
-    pair = tl.program_id(2).to(tl.int64)
-    select_ptr += pair // heads * select_b + pair % heads * select_h
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    counts = tl.zeros([BT, BN], tl.int32)
-    for first in range(0, ROWS, BT):
-        token = tl.program_id(1) * ROWS + first + tl.arange(0, BT)
-        mask = (token < length)[:, None] & (column < blocks)[None, :]
-        where = token.to(tl.int64)[:, None] * select_l + column[None, :]
-        counts += tl.load(select_ptr + where, mask=mask, other=0).to(tl.int32)
-    found = tl.sum(counts, 0)
-    tl.atomic_add(count_ptr + pair * blocks + column, found, mask=column < blocks, sem="relaxed")
-
-
 def token_select(
     q: Tensor,
     k_mean: Tensor,
@@ -473,16 +456,6 @@ class _Gates:
         return select[..., : self.blocks].view(torch.bool)
 
 
-def token_counts(select: Tensor) -> Tensor:
-    batch, heads, length, blocks = select.shape
-    select = select if select.stride(3) == 1 else select.contiguous()
-    counts = torch.zeros(batch, heads, blocks, dtype=torch.int32, device=select.device)
-    _counts[(triton.cdiv(blocks, 128), triton.cdiv(length, 2048), batch * heads)](
-        select, counts, *select.stride()[:3], heads, length, blocks, ROWS=2048, BT=64, BN=128
-    )
-    return counts.long()
-
-
 def _specimens(depth: int, dtype: str) -> list[Specimen]:
     data = f"*{dtype}"
     types = {
@@ -506,7 +479,6 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
         (_tails, tile | {"BN": 32, "TAIL": _TAIL}),
         (_select, tile),
         (_settle, tile | {"BN": 32}),
-        (_counts, {"ROWS": 2048, "BT": 64, "BN": 128}),
     ]
     return [
         Specimen(

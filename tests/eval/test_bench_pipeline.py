@@ -180,6 +180,17 @@ def test_every_moment_belongs_to_a_part(monkeypatch):
     assert all(found[part] > 0 for part in PARTS)
 
 
+def test_hooks_leave_the_norms_of_self_attention_to_the_kernel():
+    spec = pipeline_models.get("tiny")
+    model = pipeline_models.build(spec, {"num_layers": 1}, torch.float32, "cpu")
+    with divided(model, "cpu"):
+        (block,) = model.blocks
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            assert not norm._forward_hooks
+            assert not norm._forward_pre_hooks
+        assert block.attn2.norm_q._forward_hooks  # cross-attention is diffusers' own
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

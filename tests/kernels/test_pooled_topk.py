@@ -95,6 +95,8 @@ def test_pairs_are_counted(rows, columns, device):
             assert torch.equal(pair_count(*given, backend=backend).cpu(), wanted)
     chosen = (code == 1).to(device)
     assert torch.equal(pair_count(chosen, keys.to(device), backend="triton").cpu(), exact.sum(-1))
+    apart = torch.nn.functional.pad(chosen, (0, 5), value=True)[..., :columns]
+    assert torch.equal(pair_count(apart, keys.to(device), backend="triton").cpu(), exact.sum(-1))
 
 
 def test_a_count_refuses_what_does_not_fit():
