@@ -32,7 +32,7 @@ def launch(
     Args:
         kernel: of Triton or Gluon; its constants come last in its signature.
         grid: programs along one to three axes.
-        pointers: tensors and tensor descriptors, which the signature has first.
+        pointers: tensors, tensor descriptors and ``None``, which the signature has first.
         sizes: integers and floats, which follow.
         constants: constants of the kernel, and options of the launch.
     """
@@ -54,6 +54,9 @@ def launch(
             bits |= address
             given.append(address)
             kinds.append(one.dtype)
+        elif one is None:
+            given.append(None)
+            kinds.append(None)
         else:
             given.append(one)
             kinds.append((one.base.dtype, *one.block_shape))
