@@ -40,7 +40,7 @@ def launch(
     if not _DIRECT or replaced or not isinstance(kernel, triton.JITFunction):
         kernel[grid](*pointers, *sizes, **constants)
         return
-    device = pointers[0].device.index
+    device = pointers[0].get_device()
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, pointers, sizes, **constants)
@@ -54,12 +54,9 @@ def launch(
             bits |= address
             given.append(address)
             kinds.append(one.dtype)
-        elif one is None:
-            given.append(None)
-            kinds.append(None)
         else:
             given.append(one)
-            kinds.append((one.base.dtype, *one.block_shape))
+            kinds.append(None if one is None else (one.base.dtype, *one.block_shape))
     if bits & 15 or _watched():
         kernel[grid](*pointers, *sizes, **constants)
         return

@@ -143,7 +143,6 @@ def attend_kernel(
     out_l,
     BOX: gl.constexpr,
     PER: gl.constexpr,
-    REST: gl.constexpr,
     WEIGHT: gl.constexpr,
     FIRST_ORDER: gl.constexpr,
     INIT: gl.constexpr,
@@ -246,8 +245,8 @@ def attend_kernel(
     # constants would be none if these tuples had names
     gl.warp_specialize(
         [
-            (consumer, (parts, 0, q_0, square_0, BOX, REST, WEIGHT, FIRST_ORDER, INIT, POOLED)),
-            (consumer, (parts, 1, q_1, square_1, BOX, REST, WEIGHT, FIRST_ORDER, INIT, POOLED)),
+            (consumer, (parts, 0, q_0, square_0, BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)),
+            (consumer, (parts, 1, q_1, square_1, BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)),
             (
                 producer,
                 (parts, table_rows, wide, pooled, rest_rows, BOX, WEIGHT, FIRST_ORDER, POOLED),
@@ -324,7 +323,6 @@ def attend(
         ),
         BOX=box,
         PER=TURN,
-        REST=rest is not None,
         WEIGHT=0 if rest is None else WEIGHTS[rest.weight],
         FIRST_ORDER=rest is not None and rest.cov_sum is not None,
         INIT=onto is not None,
@@ -367,7 +365,6 @@ def _specimen(
     constants = {
         "BOX": box,
         "PER": TURN,
-        "REST": rest,
         "WEIGHT": weight,
         "FIRST_ORDER": first_order,
         "INIT": False,

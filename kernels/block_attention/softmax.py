@@ -57,25 +57,6 @@ def _hide_level(s, p, turn, columns, BOX: gl.constexpr):
 
 
 @gluon.jit
-def _hide_any(s, p, tile, turn, columns, BOX: gl.constexpr, POOLED: gl.constexpr):
-    """As the one of both that fits."""
-    if POOLED:
-        hidden = _hide_level(s, tile, turn, columns, BOX)
-    else:
-        hidden = _hide(s, tile.entries, turn, columns, BOX)
-    return hidden
-
-
-@gluon.jit
-def _hide_exact(s, codes, biases, number, blocks):
-    """Logits of means of blocks in powers of two: weigh those left to the rest, mask the others."""
-    known = number < blocks
-    kind = gl.load(codes + number, mask=known, other=0)
-    bias = gl.load(biases + number, mask=known, other=float("-inf"))
-    return s + gl.expand_dims(gl.where(kind == -1, bias, float("-inf")), 0)
-
-
-@gluon.jit
 def _soften(s, m, mass):
     """Weights of logits in powers of two; what the accumulator must be multiplied with."""
     peak = gl.maximum(m, gl.max(s, 1))

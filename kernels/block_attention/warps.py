@@ -22,8 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dit_accel.kernels.block_attention.softmax import (
     _hide,
-    _hide_any,
-    _hide_exact,
     _hide_level,
     _is_plain,
     _level_of,
@@ -204,7 +202,6 @@ def consumer(
     q_buf,
     square_buf,
     BOX: gl.constexpr,
-    REST: gl.constexpr,
     WEIGHT: gl.constexpr,
     FIRST_ORDER: gl.constexpr,
     INIT: gl.constexpr,
@@ -221,7 +218,7 @@ def consumer(
         alone = ((span & _MASK) <= 64).to(gl.int32) if WEIGHT == 0 else gl.to_tensor(0)
         _attend(
             p, tile, alone, group, q_buf, square_buf, k_first, v_first, joins,
-            BOX, REST, WEIGHT, FIRST_ORDER, INIT, POOLED,
+            BOX, WEIGHT, FIRST_ORDER, INIT, POOLED,
         )  # fmt: skip
         k_first += p.rest_turns * (1 if WEIGHT == 0 else 2) + tile.turns
         v_first += p.rest_turns + tile.turns + (1 if FIRST_ORDER else 0)
@@ -245,7 +242,6 @@ def _attend(
     v_first,
     joins,
     BOX: gl.constexpr,
-    REST: gl.constexpr,
     WEIGHT: gl.constexpr,
     FIRST_ORDER: gl.constexpr,
     INIT: gl.constexpr,
@@ -322,11 +318,21 @@ def _attend(
     biases = p.rest_bias + b * p.bias_b + h * p.bias_h
     k_turn = k_first + turn
     v_turn = v_first + turn
-    if WEIGHT != 0:
-        for i in range(p.rest_turns):
-            at = k_turn % k_stages
-            mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
-            keys = p.k_bufs.index(at).permute((1, 0))
+    for i in range(turn, p.rest_turns, step):
+        number = i * width + columns
+        known = number < p.columns
+        kind = gl.load(codes + number, mask=known, other=0)
+        bias = gl.load(biases + number, mask=known, other=float("-inf"))
+        bias = gl.where(kind == -1, bias, float("-inf"))
+        at = k_turn % k_stages
+        mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
+        keys = p.k_bufs.index(at).permute((1, 0))
+        if WEIGHT == 0:
+            s = warpgroup_mma(q_buf, keys, nothing, use_acc=False)
+            _release(p.k_free.index(at), alone)
+            s = s * p.by + gl.expand_dims(bias, 0)
+            weights, m, mass, fade = _soften(s, m, mass)
+        else:
             s_next = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
             k_turn += 1
             var_at = k_turn % k_stages
@@ -335,10 +341,9 @@ def _attend(
             shift_next = warpgroup_mma(square_buf, spread, nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             mbarrier.arrive(p.k_free.index(at), count=1)
-            s = _hide_exact(s * p.by, codes, biases, i * width + columns, p.columns)
+            s = s * p.by + gl.expand_dims(bias, 0)
             shift = warpgroup_mma_wait(0, deps=(shift_next,))
             mbarrier.arrive(p.k_free.index(var_at), count=1)
-            k_turn += 1
             if WEIGHT == 1:
                 # a factor, not a part of the exponent: a logarithm less for every weight
                 peak = gl.maximum(m, gl.max(s, 1))
@@ -350,44 +355,32 @@ def _attend(
             else:
                 s += shift * 1.4426950408889634
                 weights, m, mass, fade = _soften(s, m, mass)
-            acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
-            at = v_turn % v_stages
-            mbarrier.wait(p.v_ready.index(at), (v_turn // v_stages) & 1)
-            a = gl.convert_layout(weights.to(dtype), operand)
-            acc = warpgroup_mma(a, p.v_bufs.index(at), acc)
-            mbarrier.arrive(p.v_free.index(at), count=1)
-            v_turn += 1
-        ahead = gl.to_tensor(0)
-        rest_m = m
-        rest_mass = mass
-    else:
-        # the rest goes the same way as the listed tiles, ahead of them
-        ahead = gl.to_tensor(0) if not REST else p.rest_turns
-        rest_m = m
-        rest_mass = gl.zeros([rows], gl.float32, row_of)
+        k_turn += step
+        acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
+        at = v_turn % v_stages
+        mbarrier.wait(p.v_ready.index(at), (v_turn // v_stages) & 1)
+        a = gl.convert_layout(weights.to(dtype), operand)
+        acc = warpgroup_mma(a, p.v_bufs.index(at), acc)
+        _release(p.v_free.index(at), alone)
+        v_turn += step
+    rest_m = m
+    rest_mass = mass
 
-    every = ahead + tile.turns
-    if every > turn:
+    turns = tile.turns
+    begin = (turn + p.rest_turns) & (step - 1)
+    if turns > begin:
         at = k_turn % k_stages
         mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
         s = warpgroup_mma(q_buf, p.k_bufs.index(at).permute((1, 0)), nothing, use_acc=False)
         _release(p.k_free.index(at), alone)
-        s = s * p.by
-        if REST and WEIGHT == 0:
-            if turn < ahead:
-                s = _hide_exact(s, codes, biases, turn * width + columns, p.columns)
-            else:
-                s = _hide_any(s, p, tile, turn - ahead, columns, BOX, POOLED)
+        if POOLED:
+            s = _hide_level(s * p.by, tile, begin, columns, BOX)
         else:
-            s = _hide_any(s, p, tile, turn, columns, BOX, POOLED)
+            s = _hide(s * p.by, tile.entries, begin, columns, BOX)
         weights, m, mass, fade = _soften(s, m, mass)
-        if REST and WEIGHT == 0:  # noqa: SIM102
-            if turn < ahead:
-                rest_m = m
-                rest_mass = mass
         acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
         a = gl.convert_layout(weights.to(dtype), operand)
-        for n in range(turn + step, every, step):
+        for i in range(begin + step, turns, step):
             k_turn += step
             at = k_turn % k_stages
             mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
@@ -398,35 +391,18 @@ def _attend(
             acc_next = warpgroup_mma(a, p.v_bufs.index(v_at), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
             _release(p.k_free.index(at), alone)
-            i = n - ahead
             if POOLED:
-                if (i >= 0) & _is_plain(tile, i):
+                if _is_plain(tile, i):
                     level = _level_of(tile, i)
                     weights, m, mass, fade = _soften_level(s, m, mass, p.by, level)
                 else:
-                    if REST and WEIGHT == 0:
-                        if i < 0:
-                            s = _hide_exact(s * p.by, codes, biases, n * width + columns, p.columns)
-                        else:
-                            s = _hide_level(s * p.by, tile, i, columns, BOX)
-                    else:
-                        s = _hide_level(s * p.by, tile, i, columns, BOX)
+                    s = _hide_level(s * p.by, tile, i, columns, BOX)
                     weights, m, mass, fade = _soften(s, m, mass)
-            elif (i >= tile.plain_0) | (i < 0):
-                if REST and WEIGHT == 0:
-                    if i < 0:
-                        s = _hide_exact(s * p.by, codes, biases, n * width + columns, p.columns)
-                    else:
-                        s = _hide(s * p.by, tile.entries, i, columns, BOX)
-                else:
-                    s = _hide(s * p.by, tile.entries, i, columns, BOX)
+            elif i >= tile.plain_0:
+                s = _hide(s * p.by, tile.entries, i, columns, BOX)
                 weights, m, mass, fade = _soften(s, m, mass)
             else:
                 weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
-            if REST and WEIGHT == 0:  # noqa: SIM102
-                if i < 0:
-                    rest_m = m
-                    rest_mass = mass
             acc, a = warpgroup_mma_wait(0, deps=(acc_next, a))
             _release(p.v_free.index(v_at), alone)
             v_turn += step
@@ -437,7 +413,7 @@ def _attend(
         acc = warpgroup_mma(a, p.v_bufs.index(v_at), acc)
         _release(p.v_free.index(v_at), alone)
     if FIRST_ORDER:
-        v_turn = v_first + p.rest_turns + tile.turns
+        v_turn = v_first + p.rest_turns + turns
         v_at = v_turn % v_stages
         mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
         none = gl.zeros([rows, depth], gl.float32, result)

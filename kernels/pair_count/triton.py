@@ -11,7 +11,7 @@ from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
 
-_ROWS, _COLUMNS = 64, 256
+_ROWS, _COLUMNS = 8, 256
 _PROGRAMS = 1024
 """Rows of a head that are counted by one program, which leaves no sum to be added up."""
 _SIZES = ["heads", "rows", "columns", "run"]
@@ -85,7 +85,7 @@ def pair_count(code: Tensor, keys: Tensor, queries: Tensor | None) -> Tensor:
         WEIGHED=queries is not None,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
-        num_warps=8,
+        num_warps=4,
     )
     return found.squeeze(-1) if parts == 1 else found.sum(-1)
 
@@ -95,7 +95,7 @@ def _specimen(kind: str, weighed: bool) -> Specimen:
     types = {"code": "*i8", "keys": f"*{kind}", "queries": f"*{kind}", "found": "*i64"}
     signature = typed(count_kernel, constants, **types)
     name = f"pairs of {kind}{' weighed' * weighed}"
-    return Specimen(name, count_kernel, signature, constants, {"num_warps": 8})
+    return Specimen(name, count_kernel, signature, constants, {"num_warps": 4})
 
 
 SPECIMENS = (
