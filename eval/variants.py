@@ -121,6 +121,11 @@ def variants_of(
 
 def _variant(slug: str, method: str, given: Mapping[str, Any], model: str) -> Variant:
     full = embedded.options_for(model, method, given)
+    # a run measures methods, also where a pipeline would leave a short sequence to dense attention
+    if "dense_below" in presets.get(method).accepts(full) and not isinstance(
+        full.get("inner"), Mapping
+    ):
+        full = {"dense_below": 0, **full}
     options = presets.build(method, **full).to_config()["options"]
     # as they are after a trip through JSON, which other processes take
     return Variant(slug, method, "method", {k: plain(v) for k, v in full.items()}, options)
