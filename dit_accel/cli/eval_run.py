@@ -23,7 +23,6 @@ from dit_accel.errors import InputError
 
 if TYPE_CHECKING:
     from dit_accel.eval.run import Outcome, Rank
-    from dit_accel.eval.samples import Settings
 
 
 def run(
@@ -76,7 +75,9 @@ def run(
     real: Annotated[
         Path | None, typer.Option(help="Folder of real clips or images for FID and KID.")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Processes that share the prompts.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Processes that share the prompts, and then the figures.")
+    ] = 1,
 ) -> None:
     """Generate every prompt by every method, and measure what comes of it.
 
@@ -212,15 +213,17 @@ def _run(given: Mapping[str, Any]) -> None:
         )
     group.close()
     if rank.number == 0:
-        _tell(given, chosen, outcome)
+        # other processes of a launcher have nothing left to do
+        _tell(given, outcome, max(given["jobs"], rank.local_count))
     if not outcome.complete:
         raise typer.Exit(1)
 
 
-def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> None:
+def _tell(given: Mapping[str, Any], outcome: Outcome, jobs: int) -> None:
     from dit_accel.eval import export
+    from dit_accel.eval.looks import Choices
     from dit_accel.eval.store import Store
-    from dit_accel.eval.summary import Choices, summarise
+    from dit_accel.eval.summary import summarise
 
     store = Store(given["out"])
     with progress() as bars:
@@ -229,6 +232,7 @@ def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> Non
             store,
             Choices(given["features"], given["real"]),
             lambda done, total: bars.update(task, completed=done, total=total),
+            jobs=jobs,
         )
     export.write(store, summary)
     print_wide(export.table(summary))
