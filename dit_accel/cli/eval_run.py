@@ -193,7 +193,9 @@ def _run(given: Mapping[str, Any]) -> None:
         warmup=given["warmup"],
     )
     if given["jobs"] > 1:
-        pipe = None  # each process loads its own
+        # each process loads its own
+        pipe = None
+        _release()
     group = Group(rank)
     command = ["dit-accel", *sys.argv[1:]]
     with progress(shown=rank.number == 0) as bars:
@@ -254,6 +256,17 @@ def _tell(given: Mapping[str, Any], outcome: Outcome, jobs: int) -> None:
         )
     total = f"{outcome.finished} of {outcome.total} samples"
     out.print(f"{total} in {given['out']}", highlight=False, soft_wrap=True)
+
+
+def _release() -> None:
+    """Give back a GPU's memory that nothing uses any more, for other processes."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _device(given: str | None, rank: Rank) -> str:
