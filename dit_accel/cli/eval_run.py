@@ -319,7 +319,7 @@ def compare(
             out.print(f"only in {folder}: {', '.join(names)}", highlight=False, soft_wrap=True)
     shown = comparing.table(found, MEASURES, every=every)
     if shown.row_count:
-        out.print(shown)
+        print_wide(shown)
     else:
         out.print("Nothing changed beyond noise.")
     few = sum(change.verdict == "too few" for change in found.changes)
