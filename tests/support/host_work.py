@@ -24,6 +24,7 @@ METHODS = {
     "pisa": lambda: presets.pisa(density=0.15),
     "moment": lambda: presets.pisa(density=0.15, rest="moment"),
     "flashblock": lambda: presets.flashblock(inner="pisa", density=0.15),
+    "svg_ear": lambda: presets.svg_ear(density=0.22),
 }
 _FREE = {"empty", "new_empty", "view", "alias", "expand", "squeeze", "unsqueeze", "select", "slice"}
 _FREE |= {"detach", "permute", "transpose", "as_strided", "_unsafe_view", "t", "mT"}
@@ -51,7 +52,7 @@ def pretend():
             for what, answer in (("triton_refusal", None), ("is_hopper", True)):
                 if hasattr(module, what):
                     setattr(module, what, lambda *_, answer=answer: answer)
-            if name.endswith(("topk.api", "pair_count.api")):
+            if name.endswith(("topk.api", "pair_count.api", "label_order.api", "error_probe.api")):
                 module._refusal = lambda *_: None
 
 
