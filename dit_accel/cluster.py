@@ -106,8 +106,8 @@ class KMeans:
             order = bisected(centroids)
             labels = order.argsort(-1).gather(-1, labels.long())
             centroids = centroids.gather(2, order.unsqueeze(-1).expand_as(centroids))
-        order = label_order(labels, clusters, text=(start, stop), text_block=TEXT_BLOCK)
-        return Blocks(*order, clusters), centroids
+        perm, offsets = label_order(labels, clusters, text=(start, stop), text_block=TEXT_BLOCK)
+        return Blocks(perm, offsets, clusters), centroids
 
 
 def _query_means(blocked: Blocked) -> tuple[Tensor, Tensor]:
