@@ -101,7 +101,7 @@ def choose(
     batch, heads, columns, rows = total.shape
     code = torch.empty((batch, heads, all_rows, blocks), dtype=torch.int8, device=total.device)
     wide = max(16, triton.next_power_of_2(blocks))
-    each = 4
+    each = _rows(wide)
     launch(
         choose_kernel,
         (-(-all_rows // each), batch * heads),
@@ -118,13 +118,17 @@ def choose(
     return code
 
 
+def _rows(columns: int) -> int:
+    return 4 if columns <= 2048 else 2
+
+
 def _warps(columns: int) -> int:
     return 4 if columns <= 1024 else 8
 
 
 def specimen(columns: int) -> Specimen:
     """The kernel as it is launched."""
-    constants = {"ROWS": 4, "COLUMNS": columns}
+    constants = {"ROWS": _rows(columns), "COLUMNS": columns}
     types = {
         **dict.fromkeys(("total", "peak"), "*fp32"),
         **{"bounds": "*i32", "code": "*i8", "density_bits": "i64"},
