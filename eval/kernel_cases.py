@@ -19,7 +19,7 @@ from dit_accel.kernels.block_importance import block_importance
 from dit_accel.kernels.dense_attention import dense_attention, why_not
 from dit_accel.kernels.error_probe import error_probe
 from dit_accel.kernels.kmeans import kmeans
-from dit_accel.kernels.order import label_order
+from dit_accel.kernels.label_order import label_order
 from dit_accel.kernels.token_attention import token_attention
 from dit_accel.kernels.token_select import token_select
 from dit_accel.layout import Blocked, Cyclic, Gilbert, Layout

@@ -89,7 +89,7 @@ def check_kmeans(dtype: torch.dtype, depth: int, device: str) -> None:
                 raise IncorrectError(f"kmeans {backend}: expected the same result twice")
             counts = torch.ones_like(p.valid) if valid is None else valid
             rows = p.q.double()
-            member = F.one_hot(before, 37).double() * counts[:, None, :, None]
+            member = F.one_hot(before.long(), 37).double() * counts[:, None, :, None]
             number = member.sum(2).unsqueeze(-1)
             mean = member.mT @ rows / number.clamp(min=1)
             mean = torch.where(number > 0, mean, centroids.double())

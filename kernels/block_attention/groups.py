@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.packed import Compact, compact, remembered
+
 COPY_BYTES = 640 * 2**20
 """What the copies of a group may take, unless one head takes more."""
 T = TypeVar("T")
@@ -53,10 +55,22 @@ def in_groups(
             rest=cut(rest),
             onto=None if onto is None else (cut(onto[0]), cut(onto[1])),
             into=(cut(out), cut(lse)),
-            **{name: cut(x) for name, x in orders.items()},
+            **_orders(orders, cut),
             **options,
         )
     return out, lse
+
+
+def _orders(orders: dict[str, Tensor], cut: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The orders of a group, and what is known of those of all heads."""
+    made = {name: cut(x) for name, x in orders.items()}
+    for side in "qk":
+        perm, offsets = (f"{side}_{what}" for what in ("perm", "offsets"))
+        if made[perm] is not orders[perm] and made[offsets] is not orders[offsets]:
+            every = compact(orders[perm], orders[offsets], None)
+            some = Compact(*(cut(x) for x in every))
+            remembered(made[perm], made[offsets], "compact", lambda some=some: some)  # type: ignore[misc]
+    return made
 
 
 def _groups(k: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, Compact, Tiles, remembered, tiles
+from dit_accel.kernels.scan import larger
 from dit_accel.kernels.specimen import Specimen, typed
 
 BITS = 16
@@ -92,11 +93,6 @@ def _words(
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
 def _starts(bin_ptr, count_ptr, BT: tl.constexpr):
     """Where the tokens of each word begin, from how many there are."""
     unit = tl.program_id(0).to(tl.int64)
@@ -143,7 +139,7 @@ def _sort(
         before = tl.gather(code, tl.maximum(lane - 1, 0), 0)
         behind = tl.gather(code, tl.minimum(lane + 1, BT - 1), 0)
         start = tl.where((lane == 0) | (before != code), lane, 0)
-        rank = lane - tl.associative_scan(start, 0, _larger)
+        rank = lane - tl.associative_scan(start, 0, larger)
         place = tl.load(bin_ptr + code, mask=some, other=0) + rank
         tl.debug_barrier()
         last = some & ((lane == BT - 1) | (behind != code))
