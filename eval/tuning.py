@@ -137,8 +137,17 @@ def _assign(shape: Shape, parts: Parts) -> Call:
 
 
 def _update(shape: Shape, parts: Parts) -> Call:
+    from dit_accel.kernels.kmeans.triton import Clusters, update_means
+
     x, count, start = _clusters(shape, parts)
-    return lambda: kmeans(x, count, iterations=1, start=start, backend="triton")[1]
+    state = Clusters(x, count, 1, start, None, 0)
+    state.labels.copy_(kmeans(x, count, iterations=0, start=start, backend="triton")[0])
+
+    def call() -> Tensor:
+        update_means(x, state, 1)
+        return state.exact.clone()
+
+    return call
 
 
 def _probe(shape: Shape, parts: Parts) -> Call:
