@@ -186,6 +186,7 @@ def full(method: Method) -> Method:
         "ratios": (1.0, 1.0, 1.0, 1.0),
         "dense_steps": 0,
         "dense_layers": (),
+        "dense_below": 0,
     }
     known = method.options
     return presets.build(

@@ -270,6 +270,8 @@ def pipeline(
         if density is not None and "density" in presets.get(name).accepts(given):
             given.setdefault("density", density)
         if name != "dense":
+            # a method that steps aside for dense attention is not what was asked for
+            given.setdefault("dense_below", 0)
             made[name] = presets.build(name, **given)
         elif given:
             raise InputError("--set: expected no options of dense, use --backend")

@@ -21,6 +21,7 @@ def test_bench_pipeline(cli, tmp_path):
     assert record["versions"]["diffusers"]
     assert record["methods"]["pisa"]["options"]["density"] == 0.3
     assert record["methods"]["svg_ear"]["options"]["density"] == 0.5
+    assert {one["options"]["dense_below"] for one in record["methods"].values()} == {0}
     model = record["models"]["tiny"]
     assert list(model["whole"]["methods"]) == ["dense", "pisa", "svg_ear"]
     for word in ("4 (from 1 and 2)", "warm (49 of 50)", "mean of 50", "norms and rotary"):
