@@ -29,6 +29,8 @@ from dit_accel.pipelines import accelerate, restore, session_of
 from dit_accel.recorder import Stamp, Watch
 
 DENSE = "dense"
+_WARM = 3
+"""Layers of a kind on which kernels are compiled; methods treat no more of them differently."""
 BACKENDS = {"cudnn": "_native_cudnn", "flash": "_native_flash", "sdpa": None}
 """Who computes dense attention, and cross-attention, and what diffusers calls that."""
 
@@ -233,20 +235,27 @@ def check(spec: Spec, method: Method, dtype: torch.dtype, device: str) -> None:
 
 def _run(spec: Spec, layers: Layers, asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     """One number of layers: every method in turn with dense attention."""
-    model = pipeline_models.build(spec, layers, asked.dtype, asked.device, asked.seed)
+    inputs = spec.inputs(spec, asked.batch, asked.dtype, asked.device)
+    plans = {DENSE: Plan(((0, DENSE),), {DENSE: asked.num_steps})}
+    plans |= {
+        name: plan(method, asked.num_steps, asked.each) for name, method in asked.methods.items()
+    }
+    times = {name: _Times(one) for name, one in plans.items()}
+    few = {kind: min(count, _WARM) for kind, count in layers.items()}
+    model = pipeline_models.build(spec, few, asked.dtype, asked.device, asked.seed)
     try:
         use_backend([model], BACKENDS[asked.backend])
-        inputs = spec.inputs(spec, asked.batch, asked.dtype, asked.device)
-        plans = {DENSE: Plan(((0, DENSE),), {DENSE: asked.num_steps})}
-        plans |= {
-            name: plan(method, asked.num_steps, asked.each)
-            for name, method in asked.methods.items()
-        }
-        times = {name: _Times(one) for name, one in plans.items()}
-        for turn in range(-1, asked.repeats):  # the first one compiles, and is not counted
+        for name, of in times.items():  # compiles, and is not counted
+            _turn(model, inputs, name, of, asked, count=False)
+        if few != layers:
+            restore(model)
+            model = None  # before there is another
+            model = pipeline_models.build(spec, layers, asked.dtype, asked.device, asked.seed)
+            use_backend([model], BACKENDS[asked.backend])
+        for turn in range(asked.repeats):
             for name, of in times.items():
-                _turn(model, inputs, name, of, asked, count=turn >= 0)
-            for of in times.values() if turn >= 0 else ():
+                _turn(model, inputs, name, of, asked, count=True)
+            for of in times.values():
                 for kind, listed in of.turns.items():
                     dense = times[DENSE].turns[DENSE][turn]
                     of.ratios.setdefault(kind, []).append(dense / listed[turn])
@@ -259,7 +268,8 @@ def _run(spec: Spec, layers: Layers, asked: Asked, say: Callable[[str], None]) -
             "methods": {name: _told(of, asked, spec) for name, of in times.items()},
         }
     finally:
-        restore(model)
+        if model is not None:
+            restore(model)
         del model
         gc.collect()
         if asked.device == "cuda":
@@ -293,9 +303,9 @@ def _turn(
             out = model(**inputs)[0]
             stamps.append((kind, start, watch.now()))
     watch.wait()
+    if not bool(out.isfinite().all()):
+        raise IncorrectError(f"{name}: expected finite output, got NaN or inf")
     if not count:
-        if not bool(out.isfinite().all()):
-            raise IncorrectError(f"{name}: expected finite output, got NaN or inf")
         return
     found: dict[str, list[float]] = {}
     for kind, start, stop in stamps:
