@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.cluster import KMeans
 from dit_accel.eval.kernel_cases import SHAPES, Shape, inputs
 from dit_accel.kernels.block_summary import block_mean, block_summary
 from dit_accel.kernels.error_probe import error_probe
@@ -28,7 +29,7 @@ from dit_accel.kernels.token_attention import token_attention
 from dit_accel.kernels.tuning import SPACES, Setting, files, overridden, setting
 from dit_accel.kernels.tuning.files import FORMAT, Entry, Table
 from dit_accel.kernels.tuning.spaces import Kind
-from dit_accel.layout import Cyclic, Gilbert
+from dit_accel.layout import Blocked, Cyclic, Gilbert
 from dit_accel.rest import Drop
 from dit_accel.token_route import Gate
 
@@ -98,13 +99,23 @@ def _merge(shape: Shape, parts: Parts) -> Call:
 
 
 def _mean(shape: Shape, parts: Parts) -> Call:
-    blocks = Gilbert(64, 128)(*parts, shape.context)
+    blocks = KMeans(first_iterations=2)(*parts, shape.context)
     q, order = blocks.q, blocks.queries
-    return lambda: block_mean(q, perm=order.perm, offsets=order.offsets, backend="triton")
+    summary = _summary(blocks, cov=False)
+
+    def call() -> list[Tensor]:
+        means = block_mean(q, perm=order.perm, offsets=order.offsets, backend="triton")
+        return [means, *summary()]
+
+    return call
 
 
 def _cov(shape: Shape, parts: Parts) -> Call:
-    blocks = Gilbert(64, 128)(*parts, shape.context)
+    return _summary(KMeans(first_iterations=2)(*parts, shape.context), cov=True)
+
+
+def _summary(blocks: Blocked, *, cov: bool) -> Callable[[], list[Tensor]]:
+    """Of clusters: blocks of a known length go through kernels that have no settings."""
     k, v, order = blocks.k, blocks.v, blocks.keys
 
     def call() -> list[Tensor]:
@@ -114,8 +125,8 @@ def _cov(shape: Shape, parts: Parts) -> Call:
             perm=order.perm,
             offsets=order.offsets,
             num_video=order.num_video,
-            k_var=True,
-            cov=True,
+            k_var=cov,
+            cov=cov,
             backend="triton",
         )
         found = (made.k_mean, made.v_mean, made.k_var, made.cov_sum, made.cov_norm)
