@@ -14,9 +14,6 @@ and in the one after: all kinds of kernels that a generation begins with.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +32,7 @@ METHODS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
 """Presets and options that are measured, by name."""
 _MODULE: Final = "dit_accel.eval.bench_first_use"
 _STEPS: Final = 2
-_LONGEST: Final = 300.0
+_LONGEST: Final = 300
 """Seconds that a process may take."""
 
 
@@ -130,26 +127,19 @@ def watched() -> list[tuple[str, float]]:
 
 def in_a_process(name: str, shape: str, device: str, cache: str) -> dict[str, Any]:
     """`first_use` in a new process, with a folder for Triton's cache; ``error`` if it failed."""
-    import dit_accel
+    from dit_accel.eval.peak_memory import in_new_process
 
-    root = str(Path(dit_accel.__file__).parents[1])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    words = ["--methods", name, "--shape", shape, "--device", device]
+    given = (name, shape, device, time.time())
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", _MODULE, *words, "--began", str(time.time())],
-            env={**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_LONGEST,
+        found: dict[str, Any] = in_new_process(
+            _MODULE,
+            "first_use",
+            *given,
+            environment={"TRITON_CACHE_DIR": cache},
+            seconds=_LONGEST,
         )
-    except subprocess.TimeoutExpired:
-        return {"error": f"it took more than {_LONGEST:.0f} s"}
-    if done.returncode:
-        told = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"error": told[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except RuntimeError as error:
+        return {"error": str(error).strip().splitlines()[-1]}
     return found
 
 
@@ -228,15 +218,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", default="wan1.3b", help="one that bench_kernels knows")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, help="write the rows there, as JSON")
-    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # one of the processes
     given = parser.parse_args(words)
     names = given.methods.split(",")
     for word in names:
         if word not in METHODS:
             parser.error(f"--methods: expected some of {', '.join(METHODS)}, got {word!r}")
-    if given.began is not None:
-        print(json.dumps(first_use(names[0], given.shape, given.device, given.began)))
-        return 0
     found = run(
         names,
         shape=given.shape,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_accel import presets
 from dit_accel.eval.kernel_cases import Case, Shape, inputs
+from dit_accel.kernels.block_attention import groups
 from dit_accel.kernels.dense_attention import dense_attention
 from dit_accel.method import Method
 from dit_accel.pyramid import pooled_pairs
@@ -71,6 +72,39 @@ def method_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
                 moved,
                 f"density {density:.3f}{work}, error {error:.3f}",
             )
+
+
+def head_group_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
+    """``pisa`` as it runs, some heads at a time where their copies take much memory, and with all
+    heads at once."""
+    q, k, v = parts
+    method, now = presets.pisa(density=0.15), Context(shape.context.geometry, state=State())
+    pairs = 4.0 * q.shape[1] * q.shape[2] ** 2 * q.shape[3]
+
+    def call(most: float) -> Tensor:
+        before, groups.COPY_BYTES = groups.COPY_BYTES, most
+        try:
+            return method(q, k, v, now)[0]
+        finally:
+            groups.COPY_BYTES = before
+
+    usual = groups.COPY_BYTES
+    count = sum(1 for _ in groups.groups_of(k))
+    wanted, got = call(usual), call(math.inf)
+    same = "the same bits" if torch.equal(wanted, got) else "other bits"
+    density = method(q, k, v, now)[1].density
+    del wanted, got
+    for name, most, note in (
+        (f"groups of heads: {count}", usual, ""),
+        ("all heads at once", math.inf, same),
+    ):
+        yield Case(
+            name,
+            lambda most=most: call(most),  # type: ignore[misc]
+            pairs * density,
+            4.0 * q.numel() * q.element_size(),
+            note,
+        )
 
 
 def _work(method: Method, parts: tuple[Tensor, ...], ctx: Context) -> str:

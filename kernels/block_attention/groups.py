@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-COPY_BYTES = 640 * 2**20
+COPY_BYTES: float = 640 * 2**20
 """What the copies of a group may take, unless one head takes more."""
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ def in_groups(
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    for batch, heads in _groups(k):
+    for batch, heads in groups_of(k):
 
         def cut(x: T, batch: slice = batch, heads: slice = heads) -> T:
             return _cut(x, batch, heads)
@@ -54,14 +55,14 @@ def in_groups(
     return out, lse
 
 
-def _groups(k: Tensor) -> Iterator[tuple[slice, slice]]:
+def groups_of(k: Tensor) -> Iterator[tuple[slice, slice]]:
     """Batch elements and heads of every group: all, or some heads of one element."""
     batch, heads, length, depth = k.shape
     each = 2 * length * depth * k.element_size()
     if batch * heads * each <= COPY_BYTES:
         yield slice(None), slice(None)
         return
-    parts = min(heads, -(-heads * each // COPY_BYTES))
+    parts = min(heads, math.ceil(heads * each / COPY_BYTES))
     # as even as can be
     ends = [heads * (i + 1) // parts for i in range(parts)]
     for b in range(batch):

@@ -91,7 +91,7 @@ def test_bench_first_use_writes_what_it_found(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_first_use, "in_a_process", process)
     words = ["bench", "first-use", "--methods", "pisa,psa", "--shape", "flux", "--out", "run.json"]
-    code, out, err = cli(*words)
+    code, out, _ = cli(*words)
     assert code == 1, "psa failed"
     assert "RuntimeError: out of registers" in out
     record = json.loads((tmp_path / "run.json").read_text())
