@@ -4,7 +4,7 @@ restored, and what is kept from the step before where a method keeps something."
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -107,6 +107,11 @@ def head_group_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
         )
 
 
+def check_head_groups(dtype: torch.dtype, depth: int, device: str) -> None:
+    """`check_methods` of what `head_group_cases` times."""
+    check_methods(dtype, depth, device, ("pisa",))
+
+
 def _work(method: Method, parts: tuple[Tensor, ...], ctx: Context) -> str:
     """Keys and means that queries meet, over what dense attention computes."""
     q, k, v = parts
@@ -116,9 +121,11 @@ def _work(method: Method, parts: tuple[Tensor, ...], ctx: Context) -> str:
     return f", with means {float(pairs.sum() / trace.report.all_pairs.sum()):.3f}"
 
 
-def check_methods(dtype: torch.dtype, depth: int, device: str) -> None:
+def check_methods(
+    dtype: torch.dtype, depth: int, device: str, names: Collection[str] | None = None
+) -> None:
     """At full density every method is dense attention, within twice the error of dense attention
-    in this dtype, on ragged blocks beside text and padding.
+    in this dtype, on ragged blocks beside text and padding; all of them, or some.
 
     Raises:
         AssertionError: one is not.
@@ -133,6 +140,8 @@ def check_methods(dtype: torch.dtype, depth: int, device: str) -> None:
     low = dense_attention(q, k, v, key_valid=valid)
     bound = 2 * float((low - exact).abs().max()) + 4 * torch.finfo(dtype).eps
     for name, make in _FULL.items():
+        if names is not None and name not in names:
+            continue
         for layer in _LAYERS.get(name, (0,)):
             out, _ = make()(q, k, v, Context(where, layer=layer, state=State()))
             worst = float((out - exact).abs().max())

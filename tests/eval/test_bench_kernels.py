@@ -132,4 +132,4 @@ def test_groups_of_heads_beside_all_at_once(monkeypatch):
     some.call()
     whole.call()
     assert seen == [one_head, float("inf")]
-    assert groups.COPY_BYTES == one_head
+    assert one_head == groups.COPY_BYTES
