@@ -299,21 +299,10 @@ def search(
     for one in finalists:
         if took[str(one)] < min(after_ms, before_ms * (1 - LEAST_GAIN)):
             after, after_ms = one, took[str(one)]
-    return Found(
-        op,
-        name,
-        bucket(tokens),
-        like.shape[-1],
-        kind,
-        before,
-        after,
-        before_ms,
-        after_ms,
-        before_ms if before == default else took.get(str(default), float("nan")),
-        len(candidates),
-        failed,
-        wrong,
-    )
+    default_ms = before_ms if before == default else took.get(str(default), float("nan"))
+    where = op, name, bucket(tokens), like.shape[-1], kind
+    counts = len(candidates), failed, wrong
+    return Found(*where, before, after, before_ms, after_ms, default_ms, *counts)
 
 
 def _compile(op: str, call: Call, candidates: Sequence[Setting]) -> None:
