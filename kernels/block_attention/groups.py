@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dit_accel.kernels.packed import Compact, compact, remembered
 
-COPY_BYTES = 640 * 2**20
+COPY_BYTES: float = 640 * 2**20
 """What the copies of a group may take, unless one head takes more."""
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ def in_groups(
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    groups = list(_groups(k))
+    groups = list(groups_of(k))
     if len(groups) == 1:
         whole = {"key_valid": key_valid, "rest": rest, "onto": onto, "into": (out, lse)}
         run(q, k, v, code, **whole, **orders, **options)
@@ -73,14 +74,14 @@ def _orders(orders: dict[str, Tensor], cut: Callable[[Tensor], Tensor]) -> dict[
     return made
 
 
-def _groups(k: Tensor) -> Iterator[tuple[slice, slice]]:
+def groups_of(k: Tensor) -> Iterator[tuple[slice, slice]]:
     """Batch elements and heads of every group: all, or some heads of one element."""
     batch, heads, length, depth = k.shape
     each = 2 * length * depth * k.element_size()
     if batch * heads * each <= COPY_BYTES:
         yield slice(None), slice(None)
         return
-    parts = min(heads, -(-heads * each // COPY_BYTES))
+    parts = min(heads, math.ceil(heads * each / COPY_BYTES))
     # as even as can be
     ends = [heads * (i + 1) // parts for i in range(parts)]
     for b in range(batch):
