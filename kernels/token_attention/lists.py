@@ -19,9 +19,9 @@ from torch import Tensor
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, Compact, Tiles, remembered, tiles
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.word_bits import word_bit
+from dit_accel.kernels.words import BITS, Words, grouping
 
-BITS = 16
-"""Most blocks of a group."""
 ROWS = 128
 """Queries of a tile."""
 AHEAD = 8
@@ -32,23 +32,20 @@ ITEM = 8
 """Numbers of an item: unit, tile, queries, boxes that all chose, boxes, where its list is."""
 _SORTED = 512
 """Tokens that are sorted together."""
+_PROGRAMS = 1500
+"""Programs that sort at once, so that each does not wait for itself alone."""
+_COUNTED = 1024
+"""Tokens whose words are counted by a program."""
 _SCANNED = 4096
-"""Words whose tokens are counted together."""
+"""Words whose tokens are added up together."""
 _CHUNK = 128
 """Boxes that are looked at together."""
-_BITS = tl.constexpr(BITS)
 _BINS = tl.constexpr(1 << BITS)
 _AHEAD = tl.constexpr(AHEAD)
 _ITEM = tl.constexpr(ITEM)
 _ENTRY = tl.constexpr(ENTRY_BITS)
 _START = tl.constexpr(START_BIT)
 _LENGTH = tl.constexpr((1 << LENGTH_BITS) - 1)
-
-
-@triton.jit
-def _bit_of(number):
-    """Blocks that are apart are bits that are neighbours: the highest tell most of a choice."""
-    return ((number & 1) << 3) | ((number & 2) << 1) | ((number & 4) >> 1) | ((number & 8) >> 3)
 
 
 @triton.jit
@@ -60,35 +57,53 @@ def _code_of(word):
     return code ^ (code >> 8)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "size", "first_pair"])
+@triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "size"])
 def _words(
-    select_ptr, word_ptr, bin_ptr, select_b, select_h, select_l,
-    heads, length, groups, blocks, size, first_pair, BT: tl.constexpr, BG: tl.constexpr,
+    select_ptr, word_ptr, select_b, select_h, select_l,
+    heads, length, groups, blocks, size, BT: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """For every group and token a word: which of the group's blocks the token chose.
-
-    And how many tokens have each word, by its place in the Gray code.
-    """
+    """For every group and token a word: which of the group's blocks the token chose."""
     pair = tl.program_id(2).to(tl.int64)
-    b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     lane = tl.arange(0, BG * 16)
     group, number = tl.program_id(1) * BG + lane // 16, lane % 16
     column = group * size + number
     known = (number < size) & (column < blocks)
     mask = (token < length)[:, None] & known[None, :]
-    select_ptr += b * select_b + h * select_h
+    select_ptr += pair // heads * select_b + pair % heads * select_h
     chosen = tl.load(
         select_ptr + token.to(tl.int64)[:, None] * select_l + column[None, :], mask=mask, other=0
     )
-    bits = (chosen != 0).to(tl.int32) << _bit_of(number)[None, :]
+    bits = (chosen != 0).to(tl.int32) << word_bit(number)[None, :]
     word = tl.sum(tl.reshape(bits, [BT, BG, 16]), 2)
     group = tl.program_id(1) * BG + tl.arange(0, BG)
     where = (pair * groups + group)[None, :] * length + token[:, None]
     inside = (token < length)[:, None] & (group < groups)[None, :]
     tl.store(word_ptr + where, word.to(tl.int16), mask=inside)
-    bins = (pair * groups + group)[None, :] * _BINS + _code_of(word)
-    tl.atomic_add(bin_ptr + bins, 1, mask=inside & (word != 0), sem="relaxed")
+
+
+@triton.jit
+def _words_of(word_ptr, unit, heads, length, groups, first_pair, word_b, word_h):
+    """Where the words of a unit begin."""
+    pair = first_pair + unit // groups
+    word_ptr += (pair // heads).to(tl.int64) * word_b + (pair % heads).to(tl.int64) * word_h
+    return word_ptr + (unit % groups).to(tl.int64) * length
+
+
+@triton.jit(
+    do_not_specialize=["heads", "length", "groups", "first_pair", "word_b", "word_h", "run"]
+)
+def _count(
+    word_ptr, bin_ptr, heads, length, groups, first_pair, word_b, word_h, run, segments,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """How many tokens of a segment have each word, by its place in the Gray code."""
+    unit = tl.program_id(1)
+    word_ptr = _words_of(word_ptr, unit, heads, length, groups, first_pair, word_b, word_h)
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    word = tl.load(word_ptr + token, mask=token < length, other=0).to(tl.int32) & 0xFFFF
+    bins = (unit.to(tl.int64) * segments + token // run) * _BINS + _code_of(word)
+    tl.atomic_add(bin_ptr + bins, 1, mask=word != 0, sem="relaxed")
 
 
 @triton.jit
@@ -96,40 +111,59 @@ def _larger(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit
-def _starts(bin_ptr, count_ptr, BT: tl.constexpr):
-    """Where the tokens of each word begin, from how many there are."""
+@triton.jit(do_not_specialize=["segments"])
+def _starts(bin_ptr, count_ptr, segments, BT: tl.constexpr):
+    """Where the tokens of each word and segment begin, from how many there are."""
     unit = tl.program_id(0).to(tl.int64)
-    bin_ptr += unit * _BINS + tl.arange(0, BT)
+    bin_ptr += unit * segments * _BINS + tl.arange(0, BT)
     count = 0
     for first in range(0, _BINS, BT):
         number = tl.load(bin_ptr + first)
-        tl.store(bin_ptr + first, count + tl.cumsum(number, 0) - number)
+        for segment in range(1, segments):
+            number += tl.load(bin_ptr + segment * _BINS + first)
+        start = count + tl.cumsum(number, 0) - number
+        for segment in range(segments):
+            at = bin_ptr + segment * _BINS + first
+            here = tl.load(at)
+            tl.store(at, start)
+            start += here
         count += tl.sum(number, 0)
     tl.store(count_ptr + unit, count)
 
 
-@triton.jit(do_not_specialize=["length", "padded"])
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "length", "padded", "groups", "first_pair", "word_b", "word_h", "run"),
+    ]
+)
 def _sort(
     word_ptr,
     bin_ptr,
     token_ptr,
     sorted_ptr,
     place_ptr,
+    heads,
     length,
     padded,
+    groups,
+    first_pair,
+    word_b,
+    word_h,
+    run,
     BT: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
     """The tokens of a group that chose something, in the order of their words."""
-    unit = tl.program_id(0).to(tl.int64)
-    word_ptr += unit * length
+    segment = tl.program_id(0)
+    number = tl.program_id(1)
+    word_ptr = _words_of(word_ptr, number, heads, length, groups, first_pair, word_b, word_h)
+    unit = number.to(tl.int64)
     place_ptr += unit * length
     token_ptr += unit * padded
     sorted_ptr += unit * padded
-    bin_ptr += unit * _BINS
+    bin_ptr += (unit * tl.num_programs(0) + segment) * _BINS
     lane = tl.arange(0, BT)
-    for first in range(0, length, BT):
+    for first in range(segment * run, tl.minimum(segment * run + run, length), BT):
         token = first + lane
         word = tl.load(word_ptr + token, mask=token < length, other=0).to(tl.int32) & 0xFFFF
         none = (token < length) & (word == 0)
@@ -215,7 +249,7 @@ def _pack(
             inside = number < stop
             span = tl.load(span_ptr + number, mask=inside, other=0)
             block = tl.load(block_ptr + number, mask=inside, other=0) >> 4
-            bit = _bit_of(block - group * size)
+            bit = word_bit(block - group * size)
             taken = inside & (((some >> bit) & 1) != 0) & (span != 0)
             count = span & _LENGTH
             plain = (count == BOX) & (((every >> bit) & 1) != 0)
@@ -258,10 +292,26 @@ class Lists(NamedTuple):
     listed: Tensor
 
 
-def grouping(blocks: int) -> tuple[int, int]:
-    """How many groups so many blocks make, and how many blocks a group has at most."""
-    groups = -(-blocks // BITS)
-    return groups, -(-blocks // groups)
+def pack(select: Tensor) -> Words:
+    """bool ``[B|1, H|1, L, N]`` as words."""
+    batch, heads, length, blocks = select.shape
+    select = select if select.stride(3) == 1 else select.contiguous()
+    groups, size = grouping(blocks)
+    word = torch.empty(batch, heads, groups, length, dtype=torch.int16, device=select.device)
+    _words[(triton.cdiv(length, 128), triton.cdiv(groups, 2), batch * heads)](
+        select,
+        word,
+        *select.stride()[:3],
+        heads,
+        length,
+        groups,
+        blocks,
+        size,
+        BT=128,
+        BG=2,
+        num_warps=4,
+    )
+    return Words(word, blocks)
 
 
 def boxes_of(order: Compact, length: int, size: int, box: int) -> Boxes:
@@ -279,61 +329,75 @@ def boxes_of(order: Compact, length: int, size: int, box: int) -> Boxes:
 
 
 def bytes_of(length: int, blocks: int, box: int) -> int:
-    """What the lists of one head take."""
+    """What the lists of one head take, beside the counts that are sorted by."""
     groups, _ = grouping(blocks)
     rows = -(-length // ROWS)
-    kept: int = groups * (length * 6 + rows * ROWS * 6 + rows * ITEM * 4 + 4 * 2**BITS)
+    kept: int = groups * (length * 4 + rows * ROWS * 6 + rows * ITEM * 4)
     return kept + 4 * rows * (length // box + blocks + groups * AHEAD)
 
 
-def lists(select: Tensor, found: Boxes, heads: int, first_pair: int, pairs: int, box: int) -> Lists:
+def segments_of(units: int, length: int, room: int) -> int:
+    """Into how many segments a unit's tokens are cut, each of them sorted by a program.
+
+    Args:
+        units: of all heads that are sorted together.
+        length: tokens.
+        room: numbers that the counts of all segments may take.
+    """
+    wanted = min(-(-_PROGRAMS // units), -(-length // (4 * _SORTED)), room // (units << BITS))
+    return max(1, wanted)
+
+
+def lists(
+    words: Words,
+    found: Boxes,
+    heads: int,
+    first_pair: int,
+    pairs: int,
+    box: int,
+    room_for_counts: Tensor | None = None,
+) -> Lists:
     """What some heads compute.
 
     Args:
-        select: bool ``[B|1, H|1, L, N]``, with a last stride of 1.
+        words: of ``[B|1, H|1, L, N]``.
         found: boxes of the keys.
         heads: ``H``.
         first_pair: ``b · H + h`` of the first head.
         pairs: how many.
         box: keys of a box, at most 64.
+        room_for_counts: memory that may be written to, of any dtype, contiguous.
     """
-    length, blocks = select.shape[2:]
+    _, _, length, blocks = words.shape
     groups, size = grouping(blocks)
     rows = triton.cdiv(length, ROWS)
     units, padded = pairs * groups, rows * ROWS
+    device = words.word.device
 
     def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=select.device)
+        return torch.empty(*shape, dtype=dtype, device=device)
 
-    chosen = room(units, length, dtype=torch.int16)
-    bins = torch.zeros(units, 2**BITS, dtype=torch.int32, device=select.device)
-    _words[(triton.cdiv(length, 128), triton.cdiv(groups, 2), pairs)](
-        select,
-        chosen,
-        bins,
-        *lead_strides(select),
-        select.stride(2),
-        heads,
-        length,
-        groups,
-        blocks,
-        size,
-        first_pair,
-        BT=128,
-        BG=2,
-        num_warps=4,
+    given = None if room_for_counts is None else room_for_counts.view(-1).view(torch.int32)
+    segments = segments_of(units, length, units << BITS if given is None else given.numel())
+    needed = units * segments << BITS
+    bins = room(needed) if given is None or given.numel() < needed else given[:needed]
+    bins.zero_()
+    where = (heads, length, groups, first_pair, *lead_strides(words.word))
+    run = triton.cdiv(triton.cdiv(length, segments), _SORTED) * _SORTED
+    _count[(triton.cdiv(length, _COUNTED), units)](
+        words.word, bins, *where, run, segments, BT=_COUNTED, num_warps=4
     )
     token, word = room(units, padded), room(units, padded, dtype=torch.int16)
     place, count = room(units, length), room(units)
-    _starts[(units,)](bins, count, BT=_SCANNED, num_warps=8)
-    _sort[(units,)](
-        chosen,
+    _starts[(units,)](bins, count, segments, BT=_SCANNED, num_warps=8)
+    heads_first = (heads, length, padded, groups, first_pair, *lead_strides(words.word), run)
+    _sort[(segments, units)](
+        words.word,
         bins,
         token,
         word,
         place,
-        length,
-        padded,
+        *heads_first,
         BT=_SORTED,
         SHIFT=_SORTED.bit_length() - 1,
         num_warps=2,
@@ -377,6 +441,7 @@ def specimens() -> list[Specimen]:
     types = {**words, **{f"{name}_ptr": "*i32" for name in names}, "select_ptr": "*i1"}
     launches: list[tuple[Any, dict[str, Any], int]] = [
         (_words, {"BT": 128, "BG": 2}, 4),
+        (_count, {"BT": _COUNTED}, 4),
         (_starts, {"BT": _SCANNED}, 8),
         (_sort, {"BT": _SORTED, "SHIFT": _SORTED.bit_length() - 1}, 2),
         (_pack, {"BOX": 16, "BM": ROWS, "CHUNK": _CHUNK}, 4),

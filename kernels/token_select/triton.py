@@ -21,10 +21,11 @@ from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.token_select.choose import select_kernel, settle_kernel
 from dit_accel.kernels.token_select.cut import State, cut_kernel, digit_kernel, summed_kernel
+from dit_accel.kernels.token_select.gates import BITS, TOP, gates, tokens
+from dit_accel.kernels.words import Words, grouping
 
-BITS = 24
-TOP = tl.constexpr(2**BITS - 1)
 _BINS = 16
 _TAIL = 16
 """Bits that the last pass of the search counts."""
@@ -36,36 +37,6 @@ _SAMPLES = ((17, 1 << 14), (5, 1 << 12), (1, 0))
 """Every which token the guess looks at, from how many tokens on."""
 
 
-@triton.jit
-def _gates(query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale,
-           D: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """Gates ``[BM, BN]`` as whole numbers, or as they are if ``scale`` is 0; which blocks count."""
-    column = first + tl.arange(0, BN)
-    depth = tl.arange(0, D)
-    inside = column < columns
-    where = column[None, :] * D + depth[:, None]
-    mean = tl.load(mean_ptr + where, mask=inside[None, :], other=0.0)
-    gate = tl.dot(query, mean, input_precision="ieee")
-    if SPLIT:
-        fine = tl.load(fine_ptr + where, mask=inside[None, :], other=0.0)
-        gate = tl.dot(query, fine, gate)
-    full = tl.load(full_ptr + column, mask=inside, other=0) != 0
-    number = tl.minimum(tl.maximum((gate - low) * scale + 0.5, 0.0), TOP).to(tl.int32)
-    return gate, number, column, full
-
-
-@triton.jit
-def _tokens(q_ptr, q_l, start, stop, length, step, D: tl.constexpr, BM: tl.constexpr):
-    """A tile of queries, every ``step``-th, and which of them select."""
-    token = (tl.program_id(0) * BM + tl.arange(0, BM)) * step
-    there = (token < length) & ((token < start) | (token >= stop))
-    depth = tl.arange(0, D)
-    query = tl.load(
-        q_ptr + token.to(tl.int64)[:, None] * q_l + depth[None, :], mask=there[:, None], other=0.0
-    )
-    return token, there, query
-
-
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
 def _range(
     q_ptr, mean_ptr, fine_ptr, full_ptr, low_ptr, high_ptr,
@@ -75,15 +46,16 @@ def _range(
     """The least and the largest gate of a tile of tokens."""
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
-    _token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    _token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
     low = tl.full([BM], float("inf"), tl.float32)
     high = tl.full([BM], float("-inf"), tl.float32)
     for first in range(0, columns, BN):
-        gate, _number, _column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, 0.0, 0.0, D, BN, SPLIT
+        column = first + tl.arange(0, BN)
+        gate, _number, full = gates(
+            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, 0.0, 0.0, D, SPLIT
         )
         counts = there[:, None] & full[None, :]
         low = tl.minimum(low, tl.min(tl.where(counts, gate, float("inf")), 1))
@@ -108,7 +80,7 @@ def _digits(
     if tl.load(done_ptr + pair) != 0:
         return
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, step, D, BM)
+    token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, step, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
@@ -118,8 +90,9 @@ def _digits(
     lane = tl.arange(0, 2 * BINS)
     sums = tl.zeros([BM, 2 * BINS], tl.int64)
     for first in range(0, columns, BN):
-        _gate, number, column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
+        column = first + tl.arange(0, BN)
+        _gate, number, full = gates(
+            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
         )
         counts = there[:, None] & full[None, :]
         worth = tl.where(counts, 1 if COUNT else number, 0)
@@ -149,7 +122,7 @@ def _tails(
     if tl.load(done_ptr + pair) != 0:
         return
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
@@ -158,8 +131,9 @@ def _tails(
     base = tl.load(base_ptr + pair).to(tl.int32)
     count_ptr += pair << TAIL
     for first in range(0, columns, BN):
-        _gate, number, column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
+        column = first + tl.arange(0, BN)
+        _gate, number, full = gates(
+            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
         )
         some = there[:, None] & full[None, :] & (column[None, :] != own[:, None])
         some = some & (number >= base) & (number - base < 1 << TAIL)
@@ -180,7 +154,7 @@ def _around(
     """
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
@@ -192,8 +166,9 @@ def _around(
     others = tl.zeros([BM], tl.int64)
     above = tl.zeros([BM], tl.int64)
     for first in range(0, columns, BN):
-        _gate, number, column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
+        column = first + tl.arange(0, BN)
+        _gate, number, full = gates(
+            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
         )
         mine = column[None, :] == own[:, None]
         some = full[None, :] & there[:, None]
@@ -212,78 +187,8 @@ def _around(
     tl.store(at + 2, tl.sum(above, 0))
 
 
-@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
-def _select(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, out_ptr,
-    q_b, q_h, q_l, full_b, full_h, own_b, own_h,
-    heads, length, blocks, columns, start, stop, wide,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """What is above the cut, text and own blocks; how many gates of a tile equal the cut."""
-    pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
-    mean_ptr += pair * blocks * D
-    fine_ptr += pair * blocks * D
-    full_ptr += b * full_b + h * full_h
-    low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
-    cut = tl.load(base_ptr + pair).to(tl.int32)
-    out_ptr += (pair * length + token)[:, None] * wide
-    ties = tl.zeros([BM], tl.int32)
-    for first in range(0, blocks, BN):
-        _gate, number, column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
-        )
-        mine = column[None, :] == own[:, None]
-        can = there[:, None] & full[None, :]
-        ties += tl.sum((can & (mine == 0) & (number == cut)).to(tl.int32), 1)
-        # text selects everything, and everything selects text
-        text = (column >= columns)[None, :] | (there[:, None] == 0)
-        taken = (can & (number > cut)) | mine | text
-        mask = (token < length)[:, None] & (column < wide)[None, :]
-        tl.store(out_ptr + column[None, :], taken.to(tl.int8), mask=mask)
-    tl.store(tie_ptr + pair * tl.num_programs(0) + tl.program_id(0), tl.sum(ties, 0))
-
-
-@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
-def _settle(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, before_ptr,
-    room_ptr, out_ptr, q_b, q_h, q_l, full_b, full_h, own_b, own_h,
-    heads, length, blocks, columns, start, stop, wide,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Of the gates that equal the cut, as many as there is room for, the first ones."""
-    pair = tl.program_id(1).to(tl.int64)
-    where = pair * tl.num_programs(0) + tl.program_id(0)
-    before, room = tl.load(before_ptr + where), tl.load(room_ptr + pair)
-    if (tl.load(tie_ptr + where) == 0) | (before >= room):
-        return
-    b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
-    mean_ptr += pair * blocks * D
-    fine_ptr += pair * blocks * D
-    full_ptr += b * full_b + h * full_h
-    low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
-    cut = tl.load(base_ptr + pair).to(tl.int32)
-    out_ptr += (pair * length + token)[:, None] * wide
-    rank = tl.zeros([BM], tl.int64)
-    for part in tl.static_range(2):
-        ties = tl.zeros([BM], tl.int32)
-        for first in range(0, columns, BN):
-            _gate, number, column, full = _gates(
-                query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
-            )
-            tie = there[:, None] & full[None, :] & (column[None, :] != own[:, None])
-            tie = (tie & (number == cut)).to(tl.int32)
-            if part == 1:
-                place = (rank + ties)[:, None] + tl.cumsum(tie, 1) - tie
-                taken = (tie > 0) & (place < room)
-                tl.store(out_ptr + column[None, :], taken.to(tl.int8), mask=taken)
-            ties += tl.sum(tie, 1)
-        if part == 0:
-            rank = before + tl.cumsum(ties, 0) - ties
+_NARROW = [_around, _tails, settle_kernel]
+"""Kernels that take 32 blocks at once, whatever the others take."""
 
 
 def token_select(
@@ -296,19 +201,19 @@ def token_select(
     threshold: float,
     scope: Literal["head", "token"],
     mode: Literal["threshold", "topk"],
-) -> Tensor:
+) -> Words:
     length = q.shape[2]
     if num_video == 0 or length <= text_span[1] - text_span[0]:
-        return torch.ones(*q.shape[:3], k_mean.shape[2], dtype=torch.bool, device=q.device)
+        return Words.full(*q.shape[:3], k_mean.shape[2], q.device)
     q = q if q.stride(3) == 1 else q.contiguous()
     split = q.dtype != torch.float32
     mean = k_mean.contiguous().to(q.dtype)
     fine = (k_mean - mean.float()).to(q.dtype) if split else mean
     fine, full, own = fine.contiguous(), full.contiguous(), own.contiguous()
-    gates = _Gates(q, mean, fine, own, full, num_video, text_span, split)
+    passes = _Gates(q, mean, fine, own, full, num_video, text_span, split)
     count = mode == "topk"
-    base, needed = gates.cut(threshold, count)
-    return gates.selected(base, needed)
+    base, needed = passes.cut(threshold, count)
+    return passes.selected(base, needed)
 
 
 class _Gates:
@@ -354,7 +259,7 @@ class _Gates:
             *rest,
             D=self.depth,
             BM=self.tile[0],
-            BN=32 if kernel in (_around, _tails, _settle) else self.tile[1],
+            BN=32 if kernel in _NARROW else self.tile[1],
             SPLIT=self.split,
             num_warps=8 if self.split else 4,
             num_stages=2,
@@ -445,15 +350,16 @@ class _Gates:
             num_warps=4,
         )
 
-    def selected(self, base: Tensor, needed: Tensor) -> Tensor:
-        """bool ``[B, H, L, Nk]``, its rows at multiples of 16 bytes."""
+    def selected(self, base: Tensor, needed: Tensor) -> Words:
+        """What is above the cut, and of its equals the first."""
         ties = self.room(self.pairs, self.tiles, dtype=torch.int32)
-        wide = triton.cdiv(self.blocks, 16) * 16
-        select = self.room(self.batch, self.heads, self.length, wide, dtype=torch.int8)
-        self.launch(_select, *self.kept, base, ties, select, *self.where, wide)
+        groups, size = grouping(self.blocks)
+        word = self.room(self.batch, self.heads, groups, self.length, dtype=torch.int16)
+        sizes = (*self.where, groups, size)
+        self.launch(select_kernel, *self.kept, base, ties, word, *sizes)
         before = ties.cumsum(-1, dtype=torch.int64) - ties
-        self.launch(_settle, *self.kept, base, ties, before, needed, select, *self.where, wide)
-        return select[..., : self.blocks].view(torch.bool)
+        self.launch(settle_kernel, *self.kept, base, ties, before, needed, word, *sizes)
+        return Words(word, self.blocks)
 
 
 def _specimens(depth: int, dtype: str) -> list[Specimen]:
@@ -465,8 +371,8 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
         **dict.fromkeys(("have_ptr", "cut_ptr", "needed_ptr", "summed_ptr"), "*i64"),
         **dict.fromkeys(("wanted_ptr", "share_ptr"), "*fp64"),
         **dict.fromkeys(("count_ptr", "tie_ptr", "done_ptr"), "*i32"),
-        **dict.fromkeys(("full_ptr", "select_ptr"), "*i1"),
-        "out_ptr": "*i8",
+        "full_ptr": "*i1",
+        "word_ptr": "*i16",
     }
     tile: dict[str, Any] = {"D": depth, "BM": 128, "BN": 64, "SPLIT": True}
     kernels: list[tuple[Any, dict[str, Any]]] = [
@@ -477,8 +383,8 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
         (digit_kernel, {"COUNT": False, "FIRST": True, "BINS": _BINS, "BT": 32}),
         (cut_kernel, {"COUNT": False, "GUESSED": True, "PARTS": 128, "CHUNK": _CHUNK, "BT": 32}),
         (_tails, tile | {"BN": 32, "TAIL": _TAIL}),
-        (_select, tile),
-        (_settle, tile | {"BN": 32}),
+        (select_kernel, tile),
+        (settle_kernel, tile | {"BN": 32}),
     ]
     return [
         Specimen(
@@ -487,7 +393,7 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
             typed(kernel, constants, **types),
             constants,
             {"num_warps": 8, "num_stages": 2},
-            aligned=("q_b", "q_h", "q_l", "wide", "select_b", "select_h", "select_l"),
+            aligned=("q_b", "q_h", "q_l"),
         )
         for kernel, constants in kernels
     ]

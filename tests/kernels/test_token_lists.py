@@ -4,15 +4,12 @@ import pytest
 import torch
 
 from dit_accel.kernels.packed import compact
+from dit_accel.kernels.words import Words, bit_of, grouping
 
 pytest.importorskip("triton")
 lists = pytest.importorskip("dit_accel.kernels.token_attention.lists")
 runs = pytest.importorskip("dit_accel.kernels.token_attention.runs")
 LENGTH, BLOCKS, HEADS, BOX = 150, 21, 2, 16
-
-
-def bit(number):
-    return int(f"{number:04b}"[::-1], 2)
 
 
 def gray_place(word):
@@ -36,20 +33,24 @@ def problem():
     return select, compact(perm, offsets, valid)
 
 
-def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch):
-    monkeypatch.setattr(lists, "_SORTED", 64)
+@pytest.mark.parametrize(("programs", "scratch"), [(1, None), (12, torch.ones(2**19))])
+def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch, programs, scratch):
+    monkeypatch.setattr(lists, "_SORTED", 16)
     select, order = problem()
-    groups, size = lists.grouping(BLOCKS)
+    groups, size = grouping(BLOCKS)
     assert (groups, size) == (2, 11)
     found = lists.boxes_of(order, LENGTH, size, BOX)
-    made = lists.lists(select, found, HEADS, 1, 2, BOX)
+    monkeypatch.setattr(lists, "_PROGRAMS", programs)
+    words = lists.pack(select)
+    assert torch.equal(words.word, Words.of(select).word)
+    made = lists.lists(words, found, HEADS, 1, 2, BOX, scratch)
     seen = 0
     for unit in range(2 * groups):
         pair, group = divmod(unit, groups)
         b, h = divmod(1 + pair, HEADS)
         bounds = order.offsets[b % order.offsets.shape[0], 0].tolist()
         chosen = select[b, h, :, group * size : (group + 1) * size].tolist()
-        words = [sum(1 << bit(i) for i, x in enumerate(row) if x) for row in chosen]
+        words = [sum(1 << bit_of(i) for i, x in enumerate(row) if x) for row in chosen]
         tokens = [i for i in range(LENGTH) if words[i]]
         tokens.sort(key=lambda i: gray_place(words[i]))
         count = len(tokens)
@@ -66,11 +67,11 @@ def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch):
                 start, stop = bounds[group * size + i : group * size + i + 2]
                 for at in range(start, stop, BOX):
                     length = min(BOX, stop - at)
-                    entry = at << 11 | bit(i) << 7 | length
-                    everyone = all(word >> bit(i) & 1 for word in rows)
+                    entry = at << 11 | bit_of(i) << 7 | length
+                    everyone = all(word >> bit_of(i) & 1 for word in rows)
                     if everyone and length == BOX:
                         of_all.append(entry)
-                    elif any(word >> bit(i) & 1 for word in rows):
+                    elif any(word >> bit_of(i) & 1 for word in rows):
                         of_some.append(entry)
             item = made.item[first + tile, :6].tolist()
             every = len(of_all) + len(of_some)
@@ -79,13 +80,6 @@ def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch):
             assert made.listed[item[5] :][: len(wanted)].tolist() == wanted
             seen += bool(of_all) + bool(of_some)
     assert seen > 4
-
-
-def test_groups_are_even():
-    assert [lists.grouping(n) for n in (1, 11, 16, 17, 300, 960)] == [
-        *((1, 1), (1, 11), (1, 16), (2, 9)),
-        *((19, 16), (60, 16)),
-    ]
 
 
 @pytest.mark.parametrize("units", [1, 3, 7, 14, 21, 100])

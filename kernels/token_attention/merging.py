@@ -1,0 +1,184 @@
+"""The partials of a token's groups made one, some groups at a time.
+
+What a partial weighs is known from its normaliser alone. So the normalisers of all groups are read
+first, and the partials after them are added up in any order, with nothing to wait for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel.kernels.specimen import Specimen, typed
+
+LOG2E = tl.constexpr(1.4426950408889634)
+_GROUPS = 16
+"""Normalisers of a token that are read at once."""
+_MERGED = 4
+"""Partials of a token that are read at once."""
+_TOKENS = 32
+"""Tokens of a program."""
+
+
+@triton.jit(do_not_specialize=["length", "rows", "groups", "first_pair"])
+def merge_kernel(
+    part_ptr,
+    part_lse_ptr,
+    place_ptr,
+    acc_ptr,
+    peak_ptr,
+    total_ptr,
+    out_ptr,
+    lse_ptr,
+    length,
+    rows,
+    groups,
+    first_pair,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BG: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    pair = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = token < length
+    depth = tl.arange(0, D)
+    kept = pair * length + token
+    if FIRST:
+        peak = tl.full([BT], float("-inf"), tl.float32)
+        total = tl.zeros([BT], tl.float32)
+    else:
+        peak = tl.load(peak_ptr + kept, mask=inside, other=float("-inf"))
+        total = tl.load(total_ptr + kept, mask=inside, other=0.0)
+    before = peak
+    for first in range(0, groups, BG):
+        group = first + tl.arange(0, BG)
+        unit = pair * groups + group
+        here = inside[:, None] & (group < groups)[None, :]
+        place = tl.load(place_ptr + unit[None, :] * length + token[:, None], mask=here, other=-1)
+        lse = tl.load(
+            part_lse_ptr + unit[None, :] * rows + place, mask=place >= 0, other=float("-inf")
+        )
+        new = tl.maximum(peak, tl.max(lse, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(lse - base[:, None]), 1)
+        peak = new
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    if FIRST:
+        acc = tl.zeros([BT, D], tl.float32)
+    else:
+        acc = tl.load(acc_ptr + kept[:, None] * D + depth[None, :], mask=inside[:, None], other=0.0)
+        acc *= tl.exp2(before - base)[:, None]
+    for first in range(0, groups, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            unit = pair * groups + first + i
+            here = inside & (tl.full([BT], first + i, tl.int32) < groups)
+            place = tl.load(place_ptr + unit * length + token, mask=here, other=-1)
+            has = place >= 0
+            where = unit * rows + place
+            lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
+            part = tl.load(
+                part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0
+            )
+            acc += part.to(tl.float32) * tl.exp2(lse - base)[:, None]
+    if LAST:
+        where = (first_pair + pair) * length + token
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(
+            out_ptr + where[:, None] * D + depth[None, :],
+            result.to(out_ptr.dtype.element_ty),
+            mask=inside[:, None],
+        )
+        tl.store(lse_ptr + where, (peak + tl.log2(total)) / LOG2E, mask=inside)
+    else:
+        tl.store(acc_ptr + kept[:, None] * D + depth[None, :], acc, mask=inside[:, None])
+        tl.store(peak_ptr + kept, peak, mask=inside)
+        tl.store(total_ptr + kept, total, mask=inside)
+
+
+class State(NamedTuple):
+    """What earlier groups made and later ones go on from, fp32.
+
+    ``acc`` ``[P, L, D]``, ``peak`` and ``total`` ``[P, L]``.
+    """
+
+    acc: Tensor
+    peak: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, pairs: int, length: int, depth: int, device: torch.device) -> State:
+        acc = torch.empty(pairs, length, depth, dtype=torch.float32, device=device)
+        peak, total = torch.empty(2, pairs, length, dtype=torch.float32, device=device)
+        return cls(acc, peak, total)
+
+
+def merge_parts(
+    part: Tensor,
+    part_lse: Tensor,
+    place: Tensor,
+    state: State | None,
+    out: Tensor,
+    lse: Tensor,
+    groups: int,
+    first_pair: int,
+    pairs: int,
+    *,
+    first: bool,
+    last: bool,
+) -> None:
+    """Merge the partials of some heads' tokens.
+
+    Args:
+        part, part_lse: ``[U, R, D]`` and ``[U, R]``, log of the normaliser to the base 2.
+        place: int32 ``[U, L]``, which of the ``R`` is a token's, or -1.
+        state: of these heads; ``None`` where these are all groups.
+        out, lse: ``[B, H, L, D]`` and ``[B, H, L]``, written with the last groups.
+        groups: of these heads, ``U = P · groups``.
+        first_pair: ``b · H + h`` of the first head.
+        pairs: how many.
+        first, last: whether no groups came before, and none come after.
+    """
+    length, depth = out.shape[2:]
+    merge_kernel[(triton.cdiv(length, _TOKENS), pairs)](
+        part,
+        part_lse,
+        place,
+        *((lse, lse, lse) if state is None else state),
+        out,
+        lse,
+        length,
+        part.shape[1],
+        groups,
+        first_pair,
+        D=depth,
+        BT=_TOKENS,
+        BG=_GROUPS,
+        AT_ONCE=_MERGED,
+        FIRST=first,
+        LAST=last,
+        num_warps=4,
+    )
+
+
+def specimens(depth: int, dtype: str) -> list[Specimen]:
+    """The kernel as it is launched."""
+    types = {
+        **dict.fromkeys(("part_ptr", "out_ptr"), f"*{dtype}"),
+        **dict.fromkeys(("part_lse_ptr", "acc_ptr", "peak_ptr", "total_ptr", "lse_ptr"), "*fp32"),
+        "place_ptr": "*i32",
+    }
+    made = []
+    for alone in (True, False):
+        constants = {"D": depth, "BT": _TOKENS, "BG": _GROUPS, "AT_ONCE": _MERGED}
+        constants |= {"FIRST": alone, "LAST": alone}
+        signature = typed(merge_kernel, constants, **types)
+        name = f"merge {dtype} D={depth}{'' if alone else ' goes on'}"
+        made.append(Specimen(name, merge_kernel, signature, constants, {"num_warps": 4}))
+    return made
