@@ -67,8 +67,9 @@ class Gate:
         blocks, columns = blocked.keys, blocked.keys.num_video
         threshold = share_at(*self.budget, ctx)
         if threshold == 1 or columns == 0:
-            shape = (*blocked.q.shape[:3], blocks.num_blocks)
-            return TokenPlan(Words.full(*shape, blocked.q.device))
+            batch, heads, length, _ = blocked.q.shape
+            shape = (batch, heads, length, blocks.num_blocks)
+            return TokenPlan(Words.full(shape, blocked.q.device))
         summary = blocked.summary()
 
         def own() -> Tensor:

@@ -332,7 +332,7 @@ def token_attention_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[C
         plans: list[tuple[str, Tensor | Words]] = [(name, chosen)]
         if name == "96 blocks":
             drawn = torch.rand(chosen.shape[2:], device=blocked.q.device) < 0.25
-            plans.append((f"{name} at random", drawn.expand(1, shape.heads, -1, -1)))
+            plans.append((f"{name} at random", Words.of(drawn[None, None])))
         for label, select in plans:
             pairs = _exact_pairs(select, blocked)
 

@@ -135,10 +135,10 @@ def check_gate(dtype: torch.dtype, depth: int, device: str) -> None:
         differs = got != exact
         if int(differs.sum()) > 2 * 6:
             raise IncorrectError(f"gate: expected fp64's choice, got {int(differs.sum())} others")
-        whole = p.q.round(), mean.round()
-        got = token_select(*whole, own, full, **options).select()
+        whole, means = p.q.round(), mean.round()
+        got = token_select(whole, means, own, full, **options).select()
         exact = token_select(
-            *(x.double() for x in whole), own, full, backend="reference", **options
+            whole.double(), means.double(), own, full, backend="reference", **options
         ).select()
         if not torch.equal(got, exact):
             raise IncorrectError("gate: expected the first among equals to be selected")

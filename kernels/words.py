@@ -59,8 +59,9 @@ class Words:
         return cls(word, blocks)
 
     @classmethod
-    def full(cls, batch: int, heads: int, length: int, blocks: int, device: torch.device) -> Words:
-        """Every token with every block."""
+    def full(cls, shape: tuple[int, int, int, int], device: torch.device) -> Words:
+        """Every token with every block, ``(B, H, L, N)`` of them."""
+        batch, heads, length, blocks = shape
         known = _known(blocks, device)
         word = known.expand(batch, heads, -1, length).contiguous()
         return cls(word, blocks)

@@ -29,9 +29,9 @@ from dit_accel.kernels.gather import gather_rows
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import MOST_ROWS, compact
 from dit_accel.kernels.specimen import Specimen, typed
-from dit_accel.kernels.token_attention.lists import pack
 from dit_accel.kernels.token_attention.merging import State, merge_parts
 from dit_accel.kernels.token_attention.merging import specimens as of_merging
+from dit_accel.kernels.token_attention.sorting import pack
 from dit_accel.kernels.tuning import SPACES
 from dit_accel.kernels.tuning import setting as tuned
 from dit_accel.kernels.word_bits import word_bit

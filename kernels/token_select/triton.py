@@ -202,9 +202,9 @@ def token_select(
     scope: Literal["head", "token"],
     mode: Literal["threshold", "topk"],
 ) -> Words:
-    length = q.shape[2]
+    batch, heads, length, _ = q.shape
     if num_video == 0 or length <= text_span[1] - text_span[0]:
-        return Words.full(*q.shape[:3], k_mean.shape[2], q.device)
+        return Words.full((batch, heads, length, k_mean.shape[2]), q.device)
     q = q if q.stride(3) == 1 else q.contiguous()
     split = q.dtype != torch.float32
     mean = k_mean.contiguous().to(q.dtype)

@@ -8,6 +8,7 @@ from dit_accel.kernels.words import Words, bit_of, grouping
 
 pytest.importorskip("triton")
 lists = pytest.importorskip("dit_accel.kernels.token_attention.lists")
+sorting = pytest.importorskip("dit_accel.kernels.token_attention.sorting")
 runs = pytest.importorskip("dit_accel.kernels.token_attention.runs")
 LENGTH, BLOCKS, HEADS, BOX = 150, 21, 2, 16
 
@@ -35,13 +36,13 @@ def problem():
 
 @pytest.mark.parametrize(("programs", "scratch"), [(1, None), (12, torch.ones(2**19))])
 def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch, programs, scratch):
-    monkeypatch.setattr(lists, "_SORTED", 16)
+    monkeypatch.setattr(sorting, "_SORTED", 16)
     select, order = problem()
     groups, size = grouping(BLOCKS)
     assert (groups, size) == (2, 11)
     found = lists.boxes_of(order, LENGTH, size, BOX)
-    monkeypatch.setattr(lists, "_PROGRAMS", programs)
-    words = lists.pack(select)
+    monkeypatch.setattr(sorting, "_PROGRAMS", programs)
+    words = sorting.pack(select)
     assert torch.equal(words.word, Words.of(select).word)
     made = lists.lists(words, found, HEADS, 1, 2, BOX, scratch)
     seen = 0

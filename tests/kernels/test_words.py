@@ -36,4 +36,4 @@ def test_packed_and_unpacked(blocks):
 def test_one_selection_for_all_heads_and_everything():
     select = torch.rand(1, 1, 20, 5, generator=torch.Generator().manual_seed(0)) < 0.5
     assert torch.equal(Words.of(select).select(3, 1), select[0, 0])
-    assert Words.full(2, 1, 20, 21, torch.device("cpu")).select().all()
+    assert Words.full((2, 1, 20, 21), torch.device("cpu")).select().all()
