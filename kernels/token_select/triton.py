@@ -29,24 +29,28 @@ from dit_accel.kernels.words import Words, grouping
 _BINS = 16
 _TAIL = 16
 """Bits that the last pass of the search counts."""
-_AROUND = 19
+_AROUND = 18
 """Bits of the values that are counted around the guess."""
 _CHUNK = 4096
 """Values whose counts are summed by one program."""
 _SAMPLES = ((17, 1 << 14), (5, 1 << 12), (1, 0))
 """Every which token the guess looks at, from how many tokens on."""
+_MARGIN = 0.25
+"""How far beyond the range of their gates others may lie, as a share of it."""
 
 
-@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
+@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop", "step"])
 def _range(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, low_ptr, high_ptr,
-    q_b, q_h, q_l, full_b, full_h, heads, length, blocks, columns, start, stop,
+    q_ptr, mean_ptr, fine_ptr, full_ptr, done_ptr, low_ptr, high_ptr,
+    q_b, q_h, q_l, full_b, full_h, heads, length, blocks, columns, start, stop, step,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The least and the largest gate of a tile of tokens."""
+    """The least and the largest gate of a tile of tokens, every ``step``-th."""
     pair = tl.program_id(1).to(tl.int64)
+    if tl.load(done_ptr + pair) != 0:
+        return
     b, h = pair // heads, pair % heads
-    _token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    _token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, step, D, BM)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
@@ -69,7 +73,7 @@ def _range(
     do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop", "shift", "step"]
 )
 def _digits(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, done_ptr, sum_ptr,
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, least_ptr, base_ptr, done_ptr, sum_ptr,
     q_b, q_h, q_l, full_b, full_h, own_b, own_h,
     heads, length, blocks, columns, start, stop, shift, step,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
@@ -86,7 +90,7 @@ def _digits(
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
     low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
-    base = tl.load(base_ptr + pair).to(tl.int32)
+    base, least = tl.load(base_ptr + pair).to(tl.int32), tl.load(least_ptr + pair).to(tl.int32)
     lane = tl.arange(0, 2 * BINS)
     sums = tl.zeros([BM, 2 * BINS], tl.int64)
     for first in range(0, columns, BN):
@@ -95,7 +99,7 @@ def _digits(
             query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
         )
         counts = there[:, None] & full[None, :]
-        worth = tl.where(counts, 1 if COUNT else number, 0)
+        worth = tl.where(counts, 1 if COUNT else number - least, 0)
         mine = column[None, :] == own[:, None]
         digit = tl.where(mine | (number < base), 2 * BINS, (number - base) >> shift)
         total = tl.sum(worth, 1)
@@ -148,9 +152,10 @@ def _around(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
     COUNT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """How many gates there are of each value from ``base`` on, and sums of a tile.
+    """How many gates there are of each value from ``base`` on, and sums and counts of a tile.
 
-    Of own blocks, of others, and of others beyond the values that are counted.
+    Of own blocks, of others, and of others beyond the values that are counted; then the least and
+    the largest value of all.
     """
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
@@ -162,9 +167,11 @@ def _around(
     low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
     base = tl.load(base_ptr + pair).to(tl.int32)
     count_ptr += pair << BITS
-    have = tl.zeros([BM], tl.int64)
-    others = tl.zeros([BM], tl.int64)
-    above = tl.zeros([BM], tl.int64)
+    have, have_count = tl.zeros([BM], tl.int64), tl.zeros([BM], tl.int32)
+    others, others_count = tl.zeros([BM], tl.int64), tl.zeros([BM], tl.int32)
+    above, above_count = tl.zeros([BM], tl.int64), tl.zeros([BM], tl.int32)
+    least = tl.full([BM], TOP + 1, tl.int32)
+    most = tl.full([BM], -1, tl.int32)
     for first in range(0, columns, BN):
         column = first + tl.arange(0, BN)
         _gate, number, full = gates(
@@ -172,19 +179,28 @@ def _around(
         )
         mine = column[None, :] == own[:, None]
         some = full[None, :] & there[:, None]
-        worth = tl.where(some, 1 if COUNT else number, 0)
-        mine_only = tl.where(mine, worth, 0)
-        have += tl.sum(mine_only, 1).to(tl.int64)
-        worth -= mine_only
-        others += tl.sum(worth, 1).to(tl.int64)
+        least = tl.minimum(least, tl.min(tl.where(some, number, TOP + 1), 1))
+        most = tl.maximum(most, tl.max(tl.where(some, number, -1), 1))
         beyond = number - base
-        above += tl.sum(tl.where(beyond >= 1 << BITS, worth, 0), 1).to(tl.int64)
-        inside = some & (mine == 0) & (beyond >= 0) & (beyond < 1 << BITS)
+        have += tl.sum(tl.where(some & mine, number, 0), 1).to(tl.int64)
+        have_count += tl.sum((some & mine).to(tl.int32), 1)
+        some = some & (mine == 0)
+        others += tl.sum(tl.where(some, number, 0), 1).to(tl.int64)
+        others_count += tl.sum(some.to(tl.int32), 1)
+        far = some & (beyond >= 1 << BITS)
+        above += tl.sum(tl.where(far, number, 0), 1).to(tl.int64)
+        above_count += tl.sum(far.to(tl.int32), 1)
+        inside = some & (beyond >= 0) & (beyond < 1 << BITS)
         tl.atomic_add(count_ptr + beyond, 1, mask=inside, sem="relaxed")
-    at = sum_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * 3
+    at = sum_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * 8
     tl.store(at, tl.sum(have, 0))
     tl.store(at + 1, tl.sum(others, 0))
     tl.store(at + 2, tl.sum(above, 0))
+    tl.store(at + 3, tl.sum(have_count, 0).to(tl.int64))
+    tl.store(at + 4, tl.sum(others_count, 0).to(tl.int64))
+    tl.store(at + 5, tl.sum(above_count, 0).to(tl.int64))
+    tl.store(at + 6, tl.min(least, 0).to(tl.int64))
+    tl.store(at + 7, tl.max(most, 0).to(tl.int64))
 
 
 _NARROW = [_around, _tails, settle_kernel]
@@ -239,15 +255,33 @@ class _Gates:
         start, stop = text_span if text_span[1] > text_span[0] else (self.length, self.length)
         sizes = (self.heads, self.length, self.blocks, num_video, start, stop)
         strides = (*q.stride()[:3], *lead_strides(full))
-        ends = self.room(2, self.pairs, self.tiles, dtype=torch.float32)
-        self.launch(_range, ends[0], ends[1], *strides, *sizes)
+        self.own, self.scale = own, torch.zeros(self.pairs, 2, device=self.device)
+        self.range_of = (*strides, *sizes)
+        self.where = (*strides, *lead_strides(own), *sizes)
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        return self.own, self.scale
+
+    def _range(self, state: State, step: int, margin: float) -> None:
+        """What gates of 0 and of the largest number are, and which number the least one is.
+
+        Args:
+            state: heads that are done stay as they are.
+            step: every which token is looked at.
+            margin: what is left on both sides, as a share of the range that was found.
+        """
+        tiles = triton.cdiv(triton.cdiv(self.length, step), self.tile[0])
+        ends = self.room(2, self.pairs, tiles, dtype=torch.float32)
+        self.launch(_range, state.done, ends[0], ends[1], *self.range_of, step, step=step)
         low, high = ends[0].amin(-1), ends[1].amax(-1)
         span = high - low
-        scale = torch.stack(
-            [torch.where(span > 0, low, 0.0), torch.where(span > 0, TOP.value / span, 0.0)], -1
-        )
-        self.kept = own, scale.contiguous()
-        self.where = (*strides, *lead_strides(own), *sizes)
+        scale = torch.where(span > 0, TOP.value / (span * (1 + 2 * margin)), 0.0)
+        low = torch.where(span > 0, low - margin * span, 0.0)
+        found, done = torch.stack([low, scale], -1), state.done != 0
+        self.scale = torch.where(done[:, None], self.scale, found)
+        least = (margin * span * scale + 0.5).nan_to_num(0.0, 0.0, 0.0)
+        state.least.copy_(torch.where(done, state.least, least.long()))
 
     def room(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)
@@ -270,11 +304,14 @@ class _Gates:
         """The smallest gate that is selected, and how many of its equals: int64 ``[P]``."""
         state = State.of(self.pairs, threshold, self.device)
         # about where the cut is, to 8 bits, and what is counted around there
-        self._digits(state, count, next(step for step, least in _SAMPLES if self.length >= least))
+        step = next(step for step, least in _SAMPLES if self.length >= least)
+        self._range(state, step, _MARGIN)
+        self._digits(state, count, step)
         state.base.add_((1 << (BITS - 9)) - (1 << (_AROUND - 1))).clamp_(min=0)
-        sums = self.room(self.pairs, self.tiles, 3, dtype=torch.int64)
+        sums = self.room(self.pairs, self.tiles, 8, dtype=torch.int64)
         self._last(state, count, _around, sums, _AROUND)
         # where the guess was wrong
+        self._range(state, 1, 0.0)
         self._digits(state, count, 1)
         self._last(state, count, _tails, sums, _TAIL)
         return state.cut, state.needed
@@ -288,6 +325,7 @@ class _Gates:
             self.launch(
                 _digits,
                 *self.kept,
+                state.least,
                 state.zero if first else state.base,
                 state.done,
                 sums,
@@ -325,9 +363,9 @@ class _Gates:
             )
         else:
             self.launch(_tails, *self.kept, state.base, state.done, counts, *self.where, TAIL=bits)
-        summed = self.room(self.pairs, parts, dtype=torch.int64)
+        summed = self.room(self.pairs, parts, 2, dtype=torch.int64)
         summed_kernel[(parts, self.pairs)](
-            counts, state.base, state.done, summed, CHUNK=_CHUNK, COUNT=count, num_warps=4
+            counts, state.base, state.done, summed, CHUNK=_CHUNK, num_warps=4
         )
         cut_kernel[(self.pairs,)](
             counts,
@@ -367,7 +405,9 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
     types = {
         **dict.fromkeys(("q_ptr", "mean_ptr", "fine_ptr"), data),
         **dict.fromkeys(("low_ptr", "high_ptr", "scale_ptr"), "*fp32"),
-        **dict.fromkeys(("own_ptr", "base_ptr", "sum_ptr", "before_ptr", "room_ptr"), "*i64"),
+        **dict.fromkeys(
+            ("own_ptr", "base_ptr", "sum_ptr", "least_ptr", "before_ptr", "room_ptr"), "*i64"
+        ),
         **dict.fromkeys(("have_ptr", "cut_ptr", "needed_ptr", "summed_ptr"), "*i64"),
         **dict.fromkeys(("wanted_ptr", "share_ptr"), "*fp64"),
         **dict.fromkeys(("count_ptr", "tie_ptr", "done_ptr"), "*i32"),
@@ -379,9 +419,9 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
         (_range, tile),
         (_digits, tile | {"COUNT": False, "BINS": _BINS}),
         (_around, tile | {"BN": 32, "COUNT": False, "BITS": _AROUND}),
-        (summed_kernel, {"COUNT": False, "CHUNK": _CHUNK}),
+        (summed_kernel, {"CHUNK": _CHUNK}),
         (digit_kernel, {"COUNT": False, "FIRST": True, "BINS": _BINS, "BT": 32}),
-        (cut_kernel, {"COUNT": False, "GUESSED": True, "PARTS": 128, "CHUNK": _CHUNK, "BT": 32}),
+        (cut_kernel, {"COUNT": False, "GUESSED": True, "PARTS": 64, "CHUNK": _CHUNK, "BT": 32}),
         (_tails, tile | {"BN": 32, "TAIL": _TAIL}),
         (select_kernel, tile),
         (settle_kernel, tile | {"BN": 32}),
