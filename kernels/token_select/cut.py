@@ -105,14 +105,14 @@ def cut_kernel(
         found = tl.sum(sums, 0)
         least = tl.sum(tl.where(lane == 6, tl.min(ends, 0), 0), 0)
         most = tl.sum(tl.where(lane == 7, tl.max(ends, 0), 0), 0)
-        found_of = tl.sum(tl.where((lane < 2), found, 0), 0)
-        count_of = tl.sum(tl.where((lane == 3) | (lane == 4), found, 0), 0)
-        have = tl.sum(tl.where((lane == 0) | (lane == 2), found, 0), 0)
-        have_count = tl.sum(tl.where((lane == 3) | (lane == 5), found, 0), 0)
+        every = tl.sum(tl.where(lane == 0, found, 0), 0)
+        count = tl.sum(tl.where(lane == 3, found, 0), 0)
+        have = tl.sum(tl.where((lane == 1) | (lane == 2), found, 0), 0)
+        have_count = tl.sum(tl.where((lane == 4) | (lane == 5), found, 0), 0)
         if (least == 0) | (most == TOP):
             return
         have = have_count if COUNT else have - least * have_count
-        wanted = _wanted(count_of if COUNT else found_of - least * count_of, share_ptr, COUNT)
+        wanted = _wanted(count if COUNT else every - least * count, share_ptr, COUNT)
     else:
         have, wanted = tl.load(have_ptr + pair), tl.load(wanted_ptr + pair)
         least = tl.full([], 0, tl.int64)

@@ -154,7 +154,7 @@ def _around(
 ):  # fmt: skip
     """How many gates there are of each value from ``base`` on, and sums and counts of a tile.
 
-    Of own blocks, of others, and of others beyond the values that are counted; then the least and
+    Of all blocks, of own ones, and of others beyond the values that are counted; then the least and
     the largest value of all.
     """
     pair = tl.program_id(1).to(tl.int64)
@@ -167,8 +167,8 @@ def _around(
     low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
     base = tl.load(base_ptr + pair).to(tl.int32)
     count_ptr += pair << BITS
-    have, have_count = tl.zeros([BM], tl.int64), tl.zeros([BM], tl.int32)
-    others, others_count = tl.zeros([BM], tl.int64), tl.zeros([BM], tl.int32)
+    have = tl.full([BM], -1, tl.int32)  # a token has one own block
+    every, columns_full = tl.zeros([BM], tl.int64), 0
     above, above_count = tl.zeros([BM], tl.int64), tl.zeros([BM], tl.int32)
     least = tl.full([BM], TOP + 1, tl.int32)
     most = tl.full([BM], -1, tl.int32)
@@ -182,29 +182,30 @@ def _around(
         least = tl.minimum(least, tl.min(tl.where(some, number, TOP + 1), 1))
         most = tl.maximum(most, tl.max(tl.where(some, number, -1), 1))
         beyond = number - base
-        have += tl.sum(tl.where(some & mine, number, 0), 1).to(tl.int64)
-        have_count += tl.sum((some & mine).to(tl.int32), 1)
+        every += tl.sum(tl.where(some, number, 0), 1).to(tl.int64)
+        columns_full += tl.sum((full & (column < columns)).to(tl.int32), 0)
+        have = tl.maximum(have, tl.max(tl.where(some & mine, number, -1), 1))
         some = some & (mine == 0)
-        others += tl.sum(tl.where(some, number, 0), 1).to(tl.int64)
-        others_count += tl.sum(some.to(tl.int32), 1)
         far = some & (beyond >= 1 << BITS)
         above += tl.sum(tl.where(far, number, 0), 1).to(tl.int64)
         above_count += tl.sum(far.to(tl.int32), 1)
         inside = some & (beyond >= 0) & (beyond < 1 << BITS)
         tl.atomic_add(count_ptr + beyond, 1, mask=inside, sem="relaxed")
     at = sum_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * 8
-    tl.store(at, tl.sum(have, 0))
-    tl.store(at + 1, tl.sum(others, 0))
+    tl.store(at, tl.sum(every, 0))
+    tl.store(at + 1, tl.sum(tl.maximum(have, 0).to(tl.int64), 0))
     tl.store(at + 2, tl.sum(above, 0))
-    tl.store(at + 3, tl.sum(have_count, 0).to(tl.int64))
-    tl.store(at + 4, tl.sum(others_count, 0).to(tl.int64))
+    tl.store(at + 3, tl.sum(there.to(tl.int64), 0) * columns_full)
+    tl.store(at + 4, tl.sum((have >= 0).to(tl.int64), 0))
     tl.store(at + 5, tl.sum(above_count, 0).to(tl.int64))
     tl.store(at + 6, tl.min(least, 0).to(tl.int64))
     tl.store(at + 7, tl.max(most, 0).to(tl.int64))
 
 
-_NARROW = [_around, _tails, settle_kernel]
+_NARROW = [_digits, _around, _tails, select_kernel, settle_kernel]
 """Kernels that take 32 blocks at once, whatever the others take."""
+_OPTIONS = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
+"""Two programs share a processor."""
 
 
 def token_select(
@@ -295,8 +296,7 @@ class _Gates:
             BM=self.tile[0],
             BN=32 if kernel in _NARROW else self.tile[1],
             SPLIT=self.split,
-            num_warps=8 if self.split else 4,
-            num_stages=2,
+            **(_OPTIONS if self.split else {"num_warps": 4, "num_stages": 2}),
             **constants,
         )
 
@@ -417,13 +417,13 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
     tile: dict[str, Any] = {"D": depth, "BM": 128, "BN": 64, "SPLIT": True}
     kernels: list[tuple[Any, dict[str, Any]]] = [
         (_range, tile),
-        (_digits, tile | {"COUNT": False, "BINS": _BINS}),
+        (_digits, tile | {"BN": 32, "COUNT": False, "BINS": _BINS}),
         (_around, tile | {"BN": 32, "COUNT": False, "BITS": _AROUND}),
         (summed_kernel, {"CHUNK": _CHUNK}),
         (digit_kernel, {"COUNT": False, "FIRST": True, "BINS": _BINS, "BT": 32}),
         (cut_kernel, {"COUNT": False, "GUESSED": True, "PARTS": 64, "CHUNK": _CHUNK, "BT": 32}),
         (_tails, tile | {"BN": 32, "TAIL": _TAIL}),
-        (select_kernel, tile),
+        (select_kernel, tile | {"BN": 32}),
         (settle_kernel, tile | {"BN": 32}),
     ]
     return [
@@ -432,7 +432,7 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
             kernel,
             typed(kernel, constants, **types),
             constants,
-            {"num_warps": 8, "num_stages": 2},
+            _OPTIONS,
             aligned=("q_b", "q_h", "q_l"),
         )
         for kernel, constants in kernels
