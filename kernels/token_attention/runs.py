@@ -34,7 +34,7 @@ def room_for(
         parted: of the partials of a group.
         state: of what goes on from a part of a head to the next.
     """
-    most = (1 - _LISTS) * budget
+    most = min((1 - _LISTS) * budget, budget - listed)
     whole = int(most // (groups * parted + ordered))
     if whole >= 1:
         whole = min(whole, every)

@@ -96,3 +96,24 @@ def test_runs_hold_every_group_once(pairs, units):
         # whole heads, or a part of one
         whole = first % groups == 0 and count % groups == 0
         assert whole or first // groups == (first + count - 1) // groups
+
+
+@pytest.mark.parametrize("groups", [1, 3, 19, 60, 91])
+@pytest.mark.parametrize("every", [1, 12, 40])
+@pytest.mark.parametrize("budget", [1, 200, 1000, 5000, 10**5])
+def test_what_is_kept_fits_the_budget(budget, every, groups):
+    sizes = {"listed": 4 * groups, "ordered": 30, "parted": 10, "state": 40}
+    fits = runs.room_for(every, groups, budget, **sizes)
+    assert 1 <= fits.pairs <= every
+    assert 1 <= fits.units <= groups * every
+    whole = fits.units >= groups
+    if whole:
+        assert fits.units % groups == 0
+        assert fits.pairs % (fits.units // groups) == 0 or fits.pairs == every
+    held = fits.units // groups if whole else 1
+    taken = fits.pairs * sizes["listed"] + fits.units * sizes["parted"] + held * sizes["ordered"]
+    taken += 0 if whole else sizes["state"]
+    least = sizes["listed"] + sizes["parted"] + sizes["ordered"] + sizes["state"]
+    assert taken <= max(budget, least)
+    if budget == 10**5:
+        assert whole
