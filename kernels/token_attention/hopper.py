@@ -38,7 +38,7 @@ from dit_accel.kernels.token_attention.lists import (
     lists,
     specimens,
 )
-from dit_accel.kernels.token_attention.runs import room_for, runs
+from dit_accel.kernels.token_attention.runs import room_for
 from dit_accel.kernels.words import Words, grouping
 
 KEPT_BYTES: int | None = None
@@ -80,14 +80,13 @@ def _listed(p, number):
 def _producer(p, BOX: gl.constexpr):
     stages: gl.constexpr = p.k_bufs.shape[0]
     boxes: gl.constexpr = p.k_bufs.shape[1] // BOX
-    first_head = p.first_unit // p.groups
     turn = gl.to_tensor(0)
     # an item is known an item before its list is read, and that before it is its turn
     unit, count, place, _plain = _listed(p, p.begin)
     found = _entries_of(p.listed + place, 0, boxes)
     next_unit, next_count, next_place, _plain = _listed(p, p.begin + p.step)
     for number in range(p.begin, p.end, p.step):
-        row = (unit // p.groups - first_head) * p.length
+        row = (unit // p.groups - p.held_pair) * p.length
         turns = (count + boxes - 1) // boxes
         entries = p.listed + place
         unit, count, place = next_unit, next_count, next_place
@@ -273,13 +272,11 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
 
         total = gl.where(mass == 0.0, 1.0, mass)
         acc = acc / gl.expand_dims(gl.convert_layout(total, acc_row), 1)
-        own = gl.load(item)
-        first = gl.load(item + 1) * (2 * rows) + group * rows
         left = gl.load(item + 2) - group * rows
-        kept = (own - p.first_unit).to(gl.int64) * p.padded + first
+        kept = (number - p.first_item) * (2 * rows) + group * rows
         q_buf.store(acc.to(dtype))
         fence_async_shared()
-        _store(p.parts, [kept.to(gl.int32), 0], q_buf)
+        _store(p.parts, [kept, 0], q_buf)
         norm = gl.where(mass == 0.0, float("-inf"), m + gl.log2(total))
         gl.store(p.lse + kept + row, norm, mask=row < left)
         q_at = q_next
@@ -304,7 +301,8 @@ class _Parts:
     padded: gl.tensor
     groups: gl.tensor
     first_pair: gl.tensor
-    first_unit: gl.tensor
+    held_pair: gl.tensor
+    first_item: gl.tensor
     begin: gl.tensor
     end: gl.tensor
     step: gl.tensor
@@ -331,7 +329,8 @@ _Parts = aggregate(_Parts)  # type: ignore[misc]
 
 @gluon.jit(
     do_not_specialize=[
-        *("heads", "length", "padded", "groups", "first_pair", "first_unit", "units"),
+        *("heads", "length", "padded", "groups", "first_pair", "held_pair", "held", "run"),
+        "capacity",
     ]
 )
 def attend_kernel(
@@ -353,8 +352,10 @@ def attend_kernel(
     padded,
     groups,
     first_pair,
-    first_unit,
-    units,
+    held_pair,
+    held,
+    run,
+    capacity,
     scale,
     BOX: gl.constexpr,
     PER: gl.constexpr,
@@ -377,6 +378,7 @@ def attend_kernel(
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_ready.index(stage), count=1)
         mbarrier.init(v_free.index(stage), count=2)
+    first_item = gl.load(first + held_pair * groups) + run * capacity
     shares = _Parts(
         q,
         tokens,
@@ -392,9 +394,10 @@ def attend_kernel(
         padded,
         groups,
         first_pair,
-        first_unit,
-        gl.load(first + first_unit) + gl.program_id(0),
-        gl.load(first + first_unit + units),
+        gl.to_tensor(held_pair),
+        first_item,
+        first_item + gl.program_id(0),
+        gl.minimum(gl.load(first + (held_pair + held) * groups), first_item + capacity),
         gl.num_programs(0),
         scale * 1.4426950408889634,
         keys,
@@ -437,7 +440,7 @@ def token_attention(
     launch: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `triton.token_attention`, in fp16 or bf16, head size 64 or 128, a positive scale."""
-    from dit_accel.kernels.token_attention.merging import State, merge_parts
+    from dit_accel.kernels.token_attention.merging import State, merge_items
 
     q = q if _aligned(q) else q.contiguous().clone()
     batch, heads, length, depth = q.shape
@@ -449,74 +452,74 @@ def token_attention(
     groups, size = grouping(blocks)
     found = boxes_of(order, length, size, box)
     padded = triton.cdiv(length, ROWS) * ROWS
+    most = groups * triton.cdiv(length, ROWS)
     fits = room_for(
         every,
-        groups,
+        most,
         KEPT_BYTES or max(_LEAST, 2 * out.nbytes - lse.nbytes - words.word.nbytes),
         listed=bytes_of(length, blocks, box),
         ordered=2 * length * depth * q.itemsize,
-        parted=padded * (depth * q.itemsize + 4),
+        parted=ROWS * (depth * q.itemsize + 4),
         state=length * (4 * depth + 8),
     )
 
     def room(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
-    held = max(1, fits.units // groups)
-    keys, values = room(held, length, depth), room(held, length, depth)
-    part = room(fits.units, padded, depth)
-    part_lse = room(fits.units, padded, dtype=torch.float32)
+    keys, values = (room(fits.heads, length, depth) for _ in range(2))
+    part, part_lse = room(fits.items * ROWS, depth), room(fits.items * ROWS, dtype=torch.float32)
     described = [
         TensorDescriptor.from_tensor(x.view(-1, depth), [rows, depth], shared_layout())
         for x, rows in ((keys, box), (values, box), (part, 64))
     ]
-    state = State.of(1, length, depth, device) if fits.units < groups else None
+    state = State.of(1, length, depth, device) if fits.runs > 1 else None
     for first_pair in range(0, every, fits.pairs):
         some = min(fits.pairs, every - first_pair)
         made = lists(words, found, heads, first_pair, some, box, part)
-        for first_unit, these in runs(some, groups, fits.units):
-            pair, group = divmod(first_unit, groups)
-            whole = max(1, these // groups)
-            if group == 0:
-                for x, buffer in ((k, keys), (v, values)):
-                    gather_rows(x, order.perm, buffer, first_pair + pair, whole)
-            attend_kernel[(_processors(device),)](
-                q,
-                *described,
-                part_lse,
-                made.token,
-                made.word,
-                made.first,
-                made.item,
-                made.listed,
-                *q.stride()[:3],
-                heads,
-                length,
-                padded,
-                groups,
-                first_pair,
-                first_unit,
-                these,
-                scale,
-                BOX=box,
-                PER=turn,
-                STAGES=_KEPT // turn,
-                D=depth,
-                **LAUNCH,
-            )
-            merge_parts(
-                part,
-                part_lse,
-                made.place[first_unit:],
-                state,
-                out,
-                lse,
-                min(these, groups),
-                first_pair + pair,
-                whole,
-                first=group == 0,
-                last=group + these >= groups,
-            )
+        for pair in range(0, some, fits.heads):
+            these = min(fits.heads, some - pair)
+            for x, buffer in ((k, keys), (v, values)):
+                gather_rows(x, order.perm, buffer, first_pair + pair, these)
+            for run in range(fits.runs):
+                attend_kernel[(_processors(device),)](
+                    q,
+                    *described,
+                    part_lse,
+                    made.token,
+                    made.word,
+                    made.first,
+                    made.item,
+                    made.listed,
+                    *q.stride()[:3],
+                    heads,
+                    length,
+                    padded,
+                    groups,
+                    first_pair,
+                    pair,
+                    these,
+                    run,
+                    fits.items,
+                    scale,
+                    BOX=box,
+                    PER=turn,
+                    STAGES=_KEPT // turn,
+                    D=depth,
+                    **LAUNCH,
+                )
+                merge_items(
+                    part,
+                    part_lse,
+                    made.place[pair * groups :],
+                    made.first[pair * groups :],
+                    state,
+                    out,
+                    lse,
+                    groups,
+                    first_pair + pair,
+                    these,
+                    run,
+                )
     return out, lse
 
 
