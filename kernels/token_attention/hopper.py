@@ -81,20 +81,13 @@ def _producer(p, BOX: gl.constexpr):
     stages: gl.constexpr = p.k_bufs.shape[0]
     boxes: gl.constexpr = p.k_bufs.shape[1] // BOX
     turn = gl.to_tensor(0)
-    # an item is known an item before its list is read, and that before it is its turn
-    unit, count, place, _plain = _listed(p, p.begin)
-    found = _entries_of(p.listed + place, 0, boxes)
-    next_unit, next_count, next_place, _plain = _listed(p, p.begin + p.step)
     for number in range(p.begin, p.end, p.step):
-        row = (unit // p.groups - p.held_pair) * p.length
-        turns = (count + boxes - 1) // boxes
-        entries = p.listed + place
-        unit, count, place = next_unit, next_count, next_place
-        first = _entries_of(p.listed + place, 0, boxes)
-        next_unit, next_count, next_place, _plain = _listed(p, number + 2 * p.step)
+        item = p.items + number * _ITEM
+        row = (gl.load(item) // p.groups - p.held_pair) * p.length
+        turns = (gl.load(item + 4) + boxes - 1) // boxes
+        entries = p.listed + gl.load(item + 5)
         for i in range(turns):
-            here = found
-            found = _entries_of(entries, i + 1, boxes)
+            here = _entries_of(entries, i, boxes)
             at = turn % stages
             free = ((turn // stages) & 1) ^ 1
             mbarrier.wait(p.k_free.index(at), free)
@@ -102,7 +95,6 @@ def _producer(p, BOX: gl.constexpr):
             mbarrier.wait(p.v_free.index(at), free)
             _bring(p.values, here, row, p.v_bufs.index(at), p.v_ready.index(at), BOX)
             turn += 1
-        found = first
 
 
 @gluon.jit
@@ -417,7 +409,7 @@ def attend_kernel(
             (_producer, (shares, BOX)),
         ],
         [4, 1],
-        [232, 40],
+        [240, 24],
     )
 
 

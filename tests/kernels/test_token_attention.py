@@ -90,6 +90,8 @@ def test_on_hopper_whole_heads_or_parts_of_them(monkeypatch, budget, dtype):
 
     monkeypatch.setattr(hopper, "room_for", spied)
     monkeypatch.setattr(hopper, "KEPT_BYTES", budget)
+    # a program then takes many items, one after another
+    monkeypatch.setattr(hopper, "_processors", lambda device: 3)
     check_token_attention(dtype, 128, "cuda")
     assert rooms
     assert all((room.runs > 1) == (budget is not None) for room in rooms)
