@@ -128,15 +128,19 @@ def check_gate(dtype: torch.dtype, depth: int, device: str) -> None:
             "threshold": 0.25,
             "mode": mode,
         }
-        got = token_select(p.q, mean, own, full, **options)
-        exact = token_select(p.q.double(), mean.double(), own, full, backend="reference", **options)
+        got = token_select(p.q, mean, own, full, **options).select()
+        exact = token_select(
+            p.q.double(), mean.double(), own, full, backend="reference", **options
+        ).select()
         differs = got != exact
         if int(differs.sum()) > 2 * 6:
             raise IncorrectError(f"gate: expected fp64's choice, got {int(differs.sum())} others")
-        whole = token_select(p.q.round(), mean.round(), own, full, **options) == token_select(
-            p.q.round().double(), mean.round().double(), own, full, backend="reference", **options
-        )
-        if not bool(whole.all()):
+        whole, means = p.q.round(), mean.round()
+        got = token_select(whole, means, own, full, **options).select()
+        exact = token_select(
+            whole.double(), means.double(), own, full, backend="reference", **options
+        ).select()
+        if not torch.equal(got, exact):
             raise IncorrectError("gate: expected the first among equals to be selected")
 
 
