@@ -22,6 +22,7 @@ from dit_accel.kernels.block_attention.tables import rest_tables
 from dit_accel.kernels.block_attention.tile import TOLD
 from dit_accel.kernels.block_attention.triton import WEIGHTS
 from dit_accel.kernels.block_attention.warps import consumer
+from dit_accel.kernels.gluon_names import before_hand_over
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen
@@ -184,8 +185,9 @@ def attend_kernel(
         mbarrier.init(v_free.index(stage), count=2)
         mbarrier.init(told_ready.index(stage), count=1)
         mbarrier.init(told_free.index(stage), count=2)
-    mbarrier.init(joined, count=1)
-    mbarrier.init(handed_free, count=1)
+    if WEIGHT == 0:  # else nobody waits there
+        mbarrier.init(joined, count=1)
+        mbarrier.init(handed_free, count=1)
     parts = _Parts(
         q,
         gl.to_tensor(q_b),
@@ -244,6 +246,7 @@ def attend_kernel(
     wide = table_rows if BOX == 64 else wide_rows
     pooled = (rows_2, rows_4, rows_8) if POOLED else (wide, wide, wide)
     # constants would be none if these tuples had names
+    before_hand_over()
     gl.warp_specialize(
         [
             (consumer, (parts, 0, q_0, square_0, BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)),

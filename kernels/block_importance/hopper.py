@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -20,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_importance.triton import CELL, TURN, Cells, Kept
+from dit_accel.kernels.gluon_names import before_hand_over, load_box
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen
 
@@ -27,8 +27,6 @@ _GROUPS = 3
 _ROWS = 64
 """Queries of a warp group."""
 _STAGES = 4
-# renamed between Triton 3.6 and 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -40,7 +38,7 @@ def _producer(p, keys, row):
         at = i % stages
         mbarrier.wait(p.k_free.index(at), ((i // stages) & 1) ^ 1)
         mbarrier.expect(p.k_ready.index(at), width * depth * 2)
-        _load(keys, [row + i * width, 0], p.k_ready.index(at), p.k_bufs.index(at))
+        load_box(keys, [row + i * width, 0], p.k_ready.index(at), p.k_bufs.index(at))
 
 
 @gluon.jit
@@ -232,6 +230,7 @@ def sums_kernel(
             k_free,
             go,
         )
+        before_hand_over()
         gl.warp_specialize(
             [
                 (_consumer, (parts, 0, q_bufs.index(0))),
