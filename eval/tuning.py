@@ -185,7 +185,7 @@ def _probe(shape: Shape, parts: Parts) -> Call:
 
 def _tokens(shape: Shape, parts: Parts) -> Call:
     blocks = Cyclic()(*parts, shape.context)
-    select = Gate()(blocks, Drop(), shape.context).select
+    select = Gate()(blocks, Drop(), shape.context).chosen
 
     def call() -> tuple[Tensor, Tensor]:
         return token_attention(

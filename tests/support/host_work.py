@@ -24,9 +24,22 @@ METHODS = {
     "pisa": lambda: presets.pisa(density=0.15),
     "moment": lambda: presets.pisa(density=0.15, rest="moment"),
     "flashblock": lambda: presets.flashblock(inner="pisa", density=0.15),
+    "svg_ear": lambda: presets.svg_ear(density=0.22),
 }
 _FREE = {"empty", "new_empty", "view", "alias", "expand", "squeeze", "unsqueeze", "select", "slice"}
-_FREE |= {"detach", "permute", "transpose", "as_strided", "_unsafe_view", "t", "mT"}
+_FREE |= {
+    "unbind",
+    "split_with_sizes",
+    "detach",
+    "permute",
+    "transpose",
+    "as_strided",
+    "_unsafe_view",
+    "t",
+    "mT",
+}
+_AS_IT_IS = {"to", "contiguous"}
+"""Free where there is nothing to be done."""
 
 
 class Counted(TorchDispatchMode):
@@ -38,9 +51,10 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name not in _FREE:
+        made = func(*args, **(kwargs or {}))
+        if name not in _FREE and not (name in _AS_IT_IS and made is args[0]):
             self.found[name] += 1
-        return func(*args, **(kwargs or {}))
+        return made
 
 
 def pretend():
@@ -51,7 +65,7 @@ def pretend():
             for what, answer in (("triton_refusal", None), ("is_hopper", True)):
                 if hasattr(module, what):
                     setattr(module, what, lambda *_, answer=answer: answer)
-            if name.endswith(("topk.api", "pair_count.api")):
+            if name.endswith(("topk.api", "pair_count.api", "label_order.api", "error_probe.api")):
                 module._refusal = lambda *_: None
 
 
