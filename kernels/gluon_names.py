@@ -1,4 +1,4 @@
-"""What kernels in Gluon share: names that changed from Triton 3.6 to 3.9, and an order of writes."""
+"""What kernels in Gluon share: names that changed from Triton 3.6 to 3.9, an order of writes."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
