@@ -4,9 +4,9 @@ One warp brings keys by TMA, 128 a turn; three warp groups take 64 queries each.
 group to group, so that while one's run the others are at their exponentials.
 """
 
+from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,8 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-from dit_accel.kernels.block_importance.triton import CELL, TURN, Cells, Kept
-from dit_accel.kernels.order import lead_strides
+from dit_accel.kernels.block_importance.samples import (
+    CELL,
+    NUMBERS,
+    TURN,
+    Probe,
+    signature_of,
+)
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.specimen import Specimen
 
 _GROUPS = 3
@@ -57,24 +63,34 @@ def _tell(p, s, turn, first, peak, total):
     """Write the sums of a turn's cells, and take them into those of the row."""
     rows: gl.constexpr = s.shape[0]
     row_of: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    # a turn has at least one key
     base = gl.max(s, 1) * p.by
-    cells = _cells_of(gl.exp2(s * p.by - gl.expand_dims(base, 1)))
-    layout: gl.constexpr = cells.type.layout
+    # a turn of empty blocks has no key
+    safe = gl.where(base == float("-inf"), 0.0, base)
+    # two cells of a row are one thread's, which writes them as one word
+    layout: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [8, 0]],
+        lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 8],
+    )
+    weights = gl.exp2(s * p.by - gl.expand_dims(safe, 1))
+    cells = gl.convert_layout(_cells_of(weights), layout)
     line = first + gl.arange(0, rows, gl.SliceLayout(1, layout))
-    target = p.sums + gl.expand_dims(line.to(gl.int64) * (p.width * 8), 1) + turn * 8
+    target = gl.multiple_of(p.sums, 16) + gl.expand_dims(line.to(gl.int64) * (p.width * 8), 1) + turn * 8
     target += gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, layout)), 0)
-    gl.store(target, cells, mask=gl.expand_dims(line < p.count, 1))
+    gl.store(target, cells.to(gl.float16), mask=gl.expand_dims(line < p.count, 1))
     own = first + gl.arange(0, rows, row_of)
     base_at = p.bases + turn.to(gl.int64) * p.samples + own
     gl.store(base_at, base, mask=own < p.count)
     new = gl.maximum(peak, base)
+    level = gl.where(new == float("-inf"), 0.0, new)
     mass = gl.convert_layout(gl.sum(cells, 1), row_of)
-    return new, total * gl.exp2(peak - new) + mass * gl.exp2(base - new)
+    return new, total * gl.exp2(peak - level) + mass * gl.exp2(base - level)
 
 
 @gluon.jit
-def _consumer(p, group: gl.constexpr, q_buf):
+def _consumer(p, group: gl.constexpr, q_buf, HAND: gl.constexpr):
     groups: gl.constexpr = p.go.shape[0]
     stages: gl.constexpr = p.k_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
@@ -100,16 +116,30 @@ def _consumer(p, group: gl.constexpr, q_buf):
     for i in range(p.turns):
         plain = gl.load(p.plain + i)
         # each group's products after those of the group before it
-        if group == 0:
-            mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
-        else:
-            mbarrier.wait(p.go.index(group), i & 1)
+        if HAND != 3:
+            if group == 0:
+                mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
+            else:
+                mbarrier.wait(p.go.index(group), i & 1)
         at = i % stages
         mbarrier.wait(p.k_ready.index(at), (i // stages) & 1)
         keys = p.k_bufs.index(at).permute((1, 0))
-        s = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
+        if HAND == 1:
+            half: gl.constexpr = depth // 2
+            s = warpgroup_mma(
+                q_buf.slice(0, half, 1), keys.slice(0, half, 0), nothing, use_acc=False, is_async=True
+            )
+            t = warpgroup_mma(q_buf.slice(half, half, 1), keys.slice(half, half, 0), s, is_async=True)
+            t = warpgroup_mma_wait(1, deps=(t,))
+            mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
+            s = warpgroup_mma_wait(0, deps=(t,))
+        else:
+            s = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
+            if HAND == 2:
+                mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            if HAND == 0:
+                mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
         mbarrier.arrive(p.k_free.index(at), count=1)
         if plain == 0:
             full = gl.load(p.key_token + i * width + columns) >= 0
@@ -149,11 +179,9 @@ class _Parts:
 
 _FIELDS = tuple(_Parts.__annotations__)
 _Parts = aggregate(_Parts)  # type: ignore[misc]
-_SIZES = ["heads", "first_pair", "slots", "samples", "rows", "columns", "width"]
-_SIZES += [f"{name}_{axis}" for name in ("token", "bound", "cell", "plain") for axis in "bh"]
 
 
-@gluon.jit(do_not_specialize=_SIZES)
+@gluon.jit(do_not_specialize=NUMBERS)
 def sums_kernel(
     q,
     keys,
@@ -174,14 +202,13 @@ def sums_kernel(
     bound_h,
     cell_b,
     cell_h,
-    plain_b,
-    plain_h,
+    turn_b,
+    turn_h,
     scale,
-    slots,
+    turns,
     samples,
     rows,
     columns,
-    width,
     heads,
     first_pair,
     D: gl.constexpr,
@@ -190,14 +217,15 @@ def sums_kernel(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
+    HAND: gl.constexpr = 2,
 ):
     pair = gl.program_id(1)
     b = ((first_pair + pair) // heads).to(gl.int64)
     h = ((first_pair + pair) % heads).to(gl.int64)
     count = gl.load(q_bound + b * bound_b + h * bound_h + rows)
-    turns = (gl.load(cell + b * cell_b + h * cell_h + columns) * W + BN - 1) // BN
+    used = (gl.load(cell + b * cell_b + h * cell_h + columns) * W + BN - 1) // BN
     sample = gl.program_id(0) * (GROUPS * ROWS)
-    if (sample < count) & (turns > 0):
+    if (sample < count) & (used > 0):
         dtype: gl.constexpr = keys.dtype
         shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         signal: gl.constexpr = mbarrier.MBarrierLayout()
@@ -219,13 +247,13 @@ def sums_kernel(
             count,
             sample,
             scale * 1.4426950408889634,
+            used,
             turns,
-            width,
             samples,
-            plain + b * plain_b + h * plain_h,
-            key_token + (b * plain_b + h * plain_h) * BN,
-            sums + at * width * 8,
-            bases + at * width,
+            plain + b * turn_b + h * turn_h,
+            key_token + (b * turn_b + h * turn_h) * BN,
+            sums + at * turns * 8,
+            bases + at * turns,
             lse + at,
             k_bufs,
             k_ready,
@@ -234,81 +262,45 @@ def sums_kernel(
         )
         gl.warp_specialize(
             [
-                (_consumer, (parts, 0, q_bufs.index(0))),
-                (_consumer, (parts, 1, q_bufs.index(1))),
-                (_consumer, (parts, 2, q_bufs.index(2))),
-                (_producer, (parts, keys, pair * slots)),
+                (_consumer, (parts, 0, q_bufs.index(0), HAND)),
+                (_consumer, (parts, 1, q_bufs.index(1), HAND)),
+                (_consumer, (parts, 2, q_bufs.index(2), HAND)),
+                (_producer, (parts, keys, pair * turns * BN)),
             ],
             [4, 4, 1],
             [160, 160, 24],
         )
 
 
-def sums(
-    q: Tensor,
-    q_tokens: Tensor,
-    q_bounds: Tensor,
-    cells: Cells,
-    kept: Kept,
-    first: int,
-    pairs: int,
-    scale: float,
-) -> None:
+def sums(probe: Probe) -> None:
     """As `triton`'s, in fp16 or bf16, for head sizes 64 and 128 and positive scales."""
-    depth, samples = q.shape[-1], q_tokens.shape[-1]
-    described = TensorDescriptor.from_tensor(kept.keys.view(-1, depth), [TURN, depth], _shared())
-    sums_kernel[(-(-samples // (_GROUPS * _ROWS)), pairs)](
-        q,
-        described,
-        q_tokens,
-        q_bounds,
-        cells.first,
-        cells.tokens,
-        cells.plain,
-        kept.sums,
-        kept.bases,
-        kept.lse,
-        *q.stride()[:3],
-        *lead_strides(q_tokens),
-        *lead_strides(q_bounds),
-        *lead_strides(cells.first),
-        *lead_strides(cells.plain),
-        scale,
-        cells.tokens.shape[-1],
-        samples,
-        q_bounds.shape[-1] - 1,
-        cells.first.shape[-1] - 1,
-        cells.plain.shape[-1],
-        q.shape[1],
-        first,
+    depth, samples = probe.q.shape[-1], probe.tokens.shape[-1]
+    rows = probe.kept.keys.view(-1, depth)
+    described = TensorDescriptor.from_tensor(rows, [TURN, depth], _shared())
+    launch(
+        sums_kernel,
+        (-(-samples // (_GROUPS * _ROWS)), probe.pairs),
+        probe.pointers(described),
+        probe.sizes(),
         D=depth,
         **_CONSTANTS,
         **LAUNCH,
     )
 
 
+@lru_cache(maxsize=1)
 def _shared() -> Any:
     """How keys lie in shared memory."""
     return gl.NVMMASharedLayout(128, 16, 2)
 
 
-def _specimen(dtype: str, depth: int) -> Specimen:
-    signature = {
-        "q": f"*{dtype}",
-        "keys": f"tensordesc<{dtype}[{TURN}, {depth}],{_shared()!r}>",
-        "q_token": "*i64",
-        **dict.fromkeys(("q_bound", "cell", "key_token"), "*i32"),
-        "plain": "*i8",
-        **dict.fromkeys(("sums", "bases", "lse"), "*fp32"),
-        "scale": "fp32",
-    }
-    constants = {"D": depth, **_CONSTANTS}
-    names = sums_kernel.arg_names
-    signature |= {n: "i32" for n in names if n not in signature and n not in constants}
+def _specimen(dtype: str, depth: int, hand: int = 2) -> Specimen:
+    constants = {"D": depth, **_CONSTANTS, "HAND": hand}
+    keys = f"tensordesc<{dtype}[{TURN}, {depth}],{_shared()!r}>"
     return Specimen(
-        f"sums {dtype} D={depth}",
+        f"sums {dtype} D={depth} on Hopper {hand}",
         sums_kernel,
-        signature,
+        signature_of(sums_kernel, dtype, keys),
         constants,
         LAUNCH,
         least=90,
@@ -317,6 +309,7 @@ def _specimen(dtype: str, depth: int) -> Specimen:
     )
 
 
-_CONSTANTS = {"BN": TURN, "W": CELL, "STAGES": _STAGES, "GROUPS": _GROUPS, "ROWS": _ROWS}
+HAND = 2
+_CONSTANTS = {"BN": TURN, "W": CELL, "STAGES": _STAGES, "GROUPS": _GROUPS, "ROWS": _ROWS, "HAND": HAND}
 LAUNCH = {"num_warps": 4, "maxnreg": 128}
-SPECIMENS = [_specimen("bf16", 128), _specimen("fp16", 64)]
+SPECIMENS = [_specimen("bf16", 128, h) for h in range(4)] + [_specimen("fp16", 64)]

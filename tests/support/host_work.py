@@ -24,6 +24,8 @@ METHODS = {
     "pisa": lambda: presets.pisa(density=0.15),
     "moment": lambda: presets.pisa(density=0.15, rest="moment"),
     "flashblock": lambda: presets.flashblock(inner="pisa", density=0.15),
+    "psa": lambda: presets.psa(mode="topk", ratios=(0.05, 0.15, 0.25, 0.45)),
+    "psa, thresholds": lambda: presets.psa(),
 }
 _FREE = {"empty", "new_empty", "view", "alias", "expand", "squeeze", "unsqueeze", "select", "slice"}
 _FREE |= {"detach", "permute", "transpose", "as_strided", "_unsafe_view", "t", "mT"}
