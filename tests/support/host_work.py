@@ -53,7 +53,7 @@ def pretend():
             for what, answer in (("triton_refusal", None), ("is_hopper", True)):
                 if hasattr(module, what):
                     setattr(module, what, lambda *_, answer=answer: answer)
-            if name.endswith(("topk.api", "pair_count.api")):
+            if name.endswith(("topk.api", "pair_count.api", "rank_levels.api")):
                 module._refusal = lambda *_: None
 
 
