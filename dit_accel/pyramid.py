@@ -133,6 +133,7 @@ class Pyramid:
         self._rank(importance, self._full(blocked, bounds), code)
         level = code[:, :, :rows, :columns]
         # a few heads at a time, whose indices take what the importance of all does
+        heads = blocked.q.shape[1]
         step = max(1, _CHUNK_BYTES // (importance[:, :1].numel() * 8))
         for h in range(0, heads if self.similarity_cap else 0, step):
             some = slice(h, h + step)
