@@ -448,9 +448,7 @@ def _specimens() -> Iterator[Specimen]:
         constants = _pack_constants(size, columns)
         options = {"num_warps": constants.pop("num_warps")}
         signature = typed(pack_levels_kernel, constants, **ints)
-        yield Specimen(
-            f"pack levels {size}", pack_levels_kernel, signature, constants, options
-        )
+        yield Specimen(f"pack levels {size}", pack_levels_kernel, signature, constants, options)
     for dtype, depth in (("bf16", 128), ("fp16", 64)):
         constants = _table_constants(depth)
         options = {"num_warps": constants.pop("num_warps")}

@@ -77,7 +77,9 @@ def _tell(p, s, turn, first, peak, total):
     weights = gl.exp2(s * p.by - gl.expand_dims(safe, 1))
     cells = gl.convert_layout(_cells_of(weights), layout)
     line = first + gl.arange(0, rows, gl.SliceLayout(1, layout))
-    target = gl.multiple_of(p.sums, 16) + gl.expand_dims(line.to(gl.int64) * (p.width * 8), 1) + turn * 8
+    target = (
+        gl.multiple_of(p.sums, 16) + gl.expand_dims(line.to(gl.int64) * (p.width * 8), 1) + turn * 8
+    )
     target += gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, layout)), 0)
     gl.store(target, cells.to(gl.float16), mask=gl.expand_dims(line < p.count, 1))
     own = first + gl.arange(0, rows, row_of)
@@ -127,9 +129,15 @@ def _consumer(p, group: gl.constexpr, q_buf, HAND: gl.constexpr):
         if HAND == 1:
             half: gl.constexpr = depth // 2
             s = warpgroup_mma(
-                q_buf.slice(0, half, 1), keys.slice(0, half, 0), nothing, use_acc=False, is_async=True
+                q_buf.slice(0, half, 1),
+                keys.slice(0, half, 0),
+                nothing,
+                use_acc=False,
+                is_async=True,
             )
-            t = warpgroup_mma(q_buf.slice(half, half, 1), keys.slice(half, half, 0), s, is_async=True)
+            t = warpgroup_mma(
+                q_buf.slice(half, half, 1), keys.slice(half, half, 0), s, is_async=True
+            )
             t = warpgroup_mma_wait(1, deps=(t,))
             mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
             s = warpgroup_mma_wait(0, deps=(t,))
@@ -310,6 +318,13 @@ def _specimen(dtype: str, depth: int, hand: int = 2) -> Specimen:
 
 
 HAND = 2
-_CONSTANTS = {"BN": TURN, "W": CELL, "STAGES": _STAGES, "GROUPS": _GROUPS, "ROWS": _ROWS, "HAND": HAND}
+_CONSTANTS = {
+    "BN": TURN,
+    "W": CELL,
+    "STAGES": _STAGES,
+    "GROUPS": _GROUPS,
+    "ROWS": _ROWS,
+    "HAND": HAND,
+}
 LAUNCH = {"num_warps": 4, "maxnreg": 128}
 SPECIMENS = [_specimen("bf16", 128, h) for h in range(4)] + [_specimen("fp16", 64)]

@@ -80,14 +80,17 @@ def test_shares_are_of_what_a_row_is_worth(ties, counted):
         wanted = torch.stack(
             [
                 by_loop(
-                    score[:, h : h + 1], worth.expand(-1, -1, 2, -1), bounds[:, h : h + 1], inclusive
+                    score[:, h : h + 1],
+                    worth.expand(-1, -1, 2, -1),
+                    bounds[:, h : h + 1],
+                    inclusive,
                 )[:, 0]
                 for h in range(3)
             ],
             1,
         )
         limits = shares.view(1, 1, 1, -1)
-        for backend in (("triton",) if ties else ("reference", "triton")):
+        for backend in ("triton",) if ties else ("reference", "triton"):
             got = rank_levels(score, worth, limits, backend=backend, **options)
             assert torch.equal(got, wanted), (backend, inclusive)
         assert got.unique().numel() > 3
