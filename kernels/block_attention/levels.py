@@ -27,7 +27,7 @@ TURN = 128
 TABLE_BYTES = 2**30
 """What the keys, the values and their means of the heads that are taken at once may take."""
 _SMALLEST = 8
-_MOST, _PER_WARP = 512, 256
+_MOST, _PER_WARP = 256, 256
 """Blocks of a row that are looked at together, and by one warp."""
 _GROUPS = 8
 """Runs of 8 keys that a program pools at once."""

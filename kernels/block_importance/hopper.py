@@ -1,7 +1,7 @@
 """The sums of block importance on Hopper, in Gluon.
 
-One warp brings keys by TMA, 128 a turn; three warp groups take 64 queries each. Products go from
-group to group, so that while one's run the others are at their exponentials.
+One warp brings keys by TMA, 128 a turn; three warp groups take 64 queries each. They drift apart by
+themselves, so that while one's products run the others are at their exponentials.
 """
 
 from functools import lru_cache
@@ -92,9 +92,36 @@ def _tell(p, s, turn, first, peak, total):
 
 
 @gluon.jit
-def _consumer(p, group: gl.constexpr, q_buf, HAND: gl.constexpr):
-    groups: gl.constexpr = p.go.shape[0]
+def _logits(p, q_buf, turn, nothing):
+    """Begin the products of a turn."""
     stages: gl.constexpr = p.k_bufs.shape[0]
+    at = turn % stages
+    mbarrier.wait(p.k_ready.index(at), (turn // stages) & 1)
+    keys = p.k_bufs.index(at).permute((1, 0))
+    return warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _finished(p, s, turn):
+    """The products of a turn, whose keys nobody needs any more."""
+    stages: gl.constexpr = p.k_bufs.shape[0]
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(p.k_free.index(turn % stages), count=1)
+    return s
+
+
+@gluon.jit
+def _masked(p, s, turn, columns):
+    """Logits, but for those of slots without a key."""
+    width: gl.constexpr = p.k_bufs.shape[1]
+    if gl.load(p.plain + turn) == 0:
+        full = gl.load(p.key_token + turn * width + columns) >= 0
+        s = gl.where(gl.expand_dims(full, 0), s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _consumer(p, group: gl.constexpr, q_buf, AHEAD: gl.constexpr):
     width: gl.constexpr = p.k_bufs.shape[1]
     rows: gl.constexpr = q_buf.shape[0]
     depth: gl.constexpr = q_buf.shape[1]
@@ -115,44 +142,21 @@ def _consumer(p, group: gl.constexpr, q_buf, HAND: gl.constexpr):
     columns = gl.arange(0, width, gl.SliceLayout(0, logits))
     peak = gl.full([rows], float("-inf"), gl.float32, row_of)
     total = gl.zeros([rows], gl.float32, row_of)
-    for i in range(p.turns):
-        plain = gl.load(p.plain + i)
-        # each group's products after those of the group before it
-        if HAND != 3:
-            if group == 0:
-                mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
-            else:
-                mbarrier.wait(p.go.index(group), i & 1)
-        at = i % stages
-        mbarrier.wait(p.k_ready.index(at), (i // stages) & 1)
-        keys = p.k_bufs.index(at).permute((1, 0))
-        if HAND == 1:
-            half: gl.constexpr = depth // 2
-            s = warpgroup_mma(
-                q_buf.slice(0, half, 1),
-                keys.slice(0, half, 0),
-                nothing,
-                use_acc=False,
-                is_async=True,
-            )
-            t = warpgroup_mma(
-                q_buf.slice(half, half, 1), keys.slice(half, half, 0), s, is_async=True
-            )
-            t = warpgroup_mma_wait(1, deps=(t,))
-            mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
-            s = warpgroup_mma_wait(0, deps=(t,))
-        else:
-            s = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
-            if HAND == 2:
-                mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            if HAND == 0:
-                mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
-        mbarrier.arrive(p.k_free.index(at), count=1)
-        if plain == 0:
-            full = gl.load(p.key_token + i * width + columns) >= 0
-            s = gl.where(gl.expand_dims(full, 0), s, float("-inf"))
-        peak, total = _tell(p, s, i, first, peak, total)
+    if AHEAD:
+        s = _logits(p, q_buf, 0, nothing)
+        s = _finished(p, s, 0)
+        for i in range(p.turns - 1):
+            s_next = _logits(p, q_buf, i + 1, nothing)
+            s = _masked(p, s, i, columns)
+            peak, total = _tell(p, s, i, first, peak, total)
+            s = _finished(p, s_next, i + 1)
+        s = _masked(p, s, p.turns - 1, columns)
+        peak, total = _tell(p, s, p.turns - 1, first, peak, total)
+    else:
+        for i in range(p.turns):
+            s = _finished(p, _logits(p, q_buf, i, nothing), i)
+            s = _masked(p, s, i, columns)
+            peak, total = _tell(p, s, i, first, peak, total)
     own = first + gl.arange(0, rows, row_of)
     gl.store(p.lse + own, gl.log2(total) + peak, mask=own < p.count)
 
@@ -177,7 +181,6 @@ class _Parts:
     k_bufs: gl.shared_memory_descriptor
     k_ready: gl.shared_memory_descriptor
     k_free: gl.shared_memory_descriptor
-    go: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(self, *values):
@@ -225,7 +228,7 @@ def sums_kernel(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
-    HAND: gl.constexpr = 2,
+    AHEAD: gl.constexpr,
 ):
     pair = gl.program_id(1)
     b = ((first_pair + pair) // heads).to(gl.int64)
@@ -241,9 +244,6 @@ def sums_kernel(
         k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, D], shared)
         k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
         k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
-        go = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], signal)
-        for group in gl.static_range(GROUPS):
-            mbarrier.init(go.index(group), count=1)
         for stage in gl.static_range(STAGES):
             mbarrier.init(k_ready.index(stage), count=1)
             mbarrier.init(k_free.index(stage), count=GROUPS)
@@ -266,18 +266,28 @@ def sums_kernel(
             k_bufs,
             k_ready,
             k_free,
-            go,
         )
-        gl.warp_specialize(
-            [
-                (_consumer, (parts, 0, q_bufs.index(0), HAND)),
-                (_consumer, (parts, 1, q_bufs.index(1), HAND)),
-                (_consumer, (parts, 2, q_bufs.index(2), HAND)),
-                (_producer, (parts, keys, pair * turns * BN)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
+        if GROUPS == 3:
+            gl.warp_specialize(
+                [
+                    (_consumer, (parts, 0, q_bufs.index(0), AHEAD)),
+                    (_consumer, (parts, 1, q_bufs.index(1), AHEAD)),
+                    (_consumer, (parts, 2, q_bufs.index(2), AHEAD)),
+                    (_producer, (parts, keys, pair * turns * BN)),
+                ],
+                [4, 4, 1],
+                [160, 160, 24],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (_consumer, (parts, 0, q_bufs.index(0), AHEAD)),
+                    (_consumer, (parts, 1, q_bufs.index(1), AHEAD)),
+                    (_producer, (parts, keys, pair * turns * BN)),
+                ],
+                [4, 1],
+                [240, 24],
+            )
 
 
 def sums(probe: Probe) -> None:
@@ -287,7 +297,7 @@ def sums(probe: Probe) -> None:
     described = TensorDescriptor.from_tensor(rows, [TURN, depth], _shared())
     launch(
         sums_kernel,
-        (-(-samples // (_GROUPS * _ROWS)), probe.pairs),
+        (-(-samples // (_CONSTANTS["GROUPS"] * _ROWS)), probe.pairs),
         probe.pointers(described),
         probe.sizes(),
         D=depth,
@@ -302,11 +312,14 @@ def _shared() -> Any:
     return gl.NVMMASharedLayout(128, 16, 2)
 
 
-def _specimen(dtype: str, depth: int, hand: int = 2) -> Specimen:
-    constants = {"D": depth, **_CONSTANTS, "HAND": hand}
+def _specimen(dtype: str, depth: int) -> Specimen:
+    constants = {
+        "D": depth,
+        **_CONSTANTS,
+    }
     keys = f"tensordesc<{dtype}[{TURN}, {depth}],{_shared()!r}>"
     return Specimen(
-        f"sums {dtype} D={depth} on Hopper {hand}",
+        f"sums {dtype} D={depth} on Hopper",
         sums_kernel,
         signature_of(sums_kernel, dtype, keys),
         constants,
@@ -317,14 +330,13 @@ def _specimen(dtype: str, depth: int, hand: int = 2) -> Specimen:
     )
 
 
-HAND = 2
 _CONSTANTS = {
     "BN": TURN,
     "W": CELL,
     "STAGES": _STAGES,
     "GROUPS": _GROUPS,
     "ROWS": _ROWS,
-    "HAND": HAND,
 }
 LAUNCH = {"num_warps": 4, "maxnreg": 128}
-SPECIMENS = [_specimen("bf16", 128, h) for h in range(4)] + [_specimen("fp16", 64)]
+TWO = {**_CONSTANTS, "GROUPS": 2, "AHEAD": True}
+SPECIMENS = [_specimen("bf16", 128), _specimen("fp16", 64)]

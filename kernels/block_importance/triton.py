@@ -40,7 +40,7 @@ from dit_accel.kernels.specimen import Specimen, typed
 LOG2E = tl.constexpr(1.4426950408889634)
 KEPT_BYTES = 2**30
 """What the sums by query and cell may take."""
-BY_CELL = {"BR": 16, "BC": 256, "num_warps": 4}
+BY_CELL = {"BR": 8, "BC": 256, "num_warps": 4}
 BY_BLOCK = {"BR": 8, "BC": 128, "num_warps": 4}
 
 
