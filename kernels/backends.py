@@ -102,6 +102,14 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@lru_cache(maxsize=8)
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; of any other 1."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _too_old(index: int) -> str | None:
     capability = _capability(index)
     if capability < (8, 0):

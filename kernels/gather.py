@@ -10,21 +10,31 @@ from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
 
+_PLACES = 64
+"""Rows that a program brings."""
+
 
 @triton.jit(do_not_specialize=["heads", "places", "height", "first_pair"])
 def _gather(
     x_ptr,
+    y_ptr,
     token_ptr,
-    out_ptr,
+    x_out,
+    y_out,
+    zero,
     x_b,
     x_h,
     x_l,
+    y_b,
+    y_h,
+    y_l,
     token_b,
     token_h,
     heads,
     places,
     height,
     first_pair,
+    BOTH: tl.constexpr,
     D: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -34,13 +44,15 @@ def _gather(
     depth = tl.arange(0, D)
     inside = place < places
     token = tl.load(token_ptr + b * token_b + h * token_h + place, mask=inside, other=-1)
-    row = tl.load(
-        x_ptr + b * x_b + h * x_h + token.to(tl.int64)[:, None] * x_l + depth[None, :],
-        mask=(token >= 0)[:, None],
-        other=0.0,
-    )
+    known, token = (token >= 0)[:, None], token.to(tl.int64)[:, None]
     where = (pair * height + place)[:, None] * D + depth[None, :]
-    tl.store(out_ptr + where, row, mask=inside[:, None])
+    x = tl.load(x_ptr + b * x_b + h * x_h + token * x_l + depth[None, :], mask=known, other=0.0)
+    if BOTH:
+        y = tl.load(y_ptr + b * y_b + h * y_h + token * y_l + depth[None, :], mask=known, other=0.0)
+        tl.store(y_out + where, y, mask=inside[:, None])
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(zero, 0)
+    tl.store(x_out + where, x, mask=inside[:, None])
 
 
 def gather_rows(x: Tensor, tokens: Tensor, out: Tensor, first_pair: int, pairs: int) -> None:
@@ -53,107 +65,55 @@ def gather_rows(x: Tensor, tokens: Tensor, out: Tensor, first_pair: int, pairs: 
         first_pair: ``b · H + h`` of the first one.
         pairs: how many, at most ``P``.
     """
-    places = tokens.shape[-1]
-    block = 64
-    launch(
-        _gather,
-        (-(-places // block), pairs),
-        (x, tokens, out),
-        (
-            *(*x.stride()[:3], *lead_strides(tokens)),
-            *(x.shape[1], places, out.shape[-2], first_pair),
-        ),
-        D=x.shape[3],
-        BN=block,
-        num_warps=4,
-    )
+    _launch((x, x, tokens, out, out, tokens), out.shape[-2], first_pair, pairs, both=False)
 
 
-@triton.jit(do_not_specialize=["heads", "places", "height"])
-def _gather_both(
-    x_ptr,
-    y_ptr,
-    token_ptr,
-    x_out,
-    y_out,
-    x_b,
-    x_h,
-    x_l,
-    y_b,
-    y_h,
-    y_l,
-    token_b,
-    token_h,
-    heads,
-    places,
-    height,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-):
-    pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // heads, pair % heads
-    place = tl.program_id(0) * BN + tl.arange(0, BN)
-    depth = tl.arange(0, D)
-    inside = place < places
-    token = tl.load(token_ptr + b * token_b + h * token_h + place, mask=inside, other=-1)
-    known, token = (token >= 0)[:, None], token.to(tl.int64)[:, None]
-    where = (pair * height + place)[:, None] * D + depth[None, :]
-    x = tl.load(x_ptr + b * x_b + h * x_h + token * x_l + depth[None, :], mask=known, other=0.0)
-    y = tl.load(y_ptr + b * y_b + h * y_h + token * y_l + depth[None, :], mask=known, other=0.0)
-    tl.store(x_out + where, x, mask=inside[:, None])
-    tl.store(y_out + where, y, mask=inside[:, None])
-
-
-def gather_both(x: Tensor, y: Tensor, tokens: Tensor, x_out: Tensor, y_out: Tensor) -> None:
+def gather_both(
+    x: Tensor, y: Tensor, tokens: Tensor, x_out: Tensor, y_out: Tensor, zero: Tensor
+) -> None:
     """Write the first rows of every head, ``x[b, h, tokens]`` and ``y[b, h, tokens]``; zero for -1.
 
     Args:
         x, y: ``[B, H, L, D]``, with a last stride of 1.
         tokens: int32 ``[B|1, H|1, M]``.
         x_out, y_out: ``[B, H, M or more, D]``, contiguous.
+        zero: int32 ``[1]``, a number that a later kernel is to find at 0.
     """
-    batch, heads, _, depth = x.shape
+    pairs = x.shape[0] * x.shape[1]
+    _launch((x, y, tokens, x_out, y_out, zero), x_out.shape[-2], 0, pairs, both=True)
+
+
+def _launch(
+    pointers: tuple[Tensor, ...], height: int, first_pair: int, pairs: int, *, both: bool
+) -> None:
+    x, y, tokens = pointers[:3]
     places = tokens.shape[-1]
-    block = 64
     launch(
-        _gather_both,
-        (-(-places // block), batch * heads),
-        (x, y, tokens, x_out, y_out),
+        _gather,
+        (-(-places // _PLACES), pairs),
+        pointers,
         (
             *(*x.stride()[:3], *y.stride()[:3], *lead_strides(tokens)),
-            *(heads, places, x_out.shape[2]),
+            *(x.shape[1], places, height, first_pair),
         ),
-        D=depth,
-        BN=block,
+        BOTH=both,
+        D=x.shape[3],
+        BN=_PLACES,
         num_warps=4,
     )
 
 
-def specimen(depth: int, dtype: str) -> Specimen:
+def specimen(depth: int, dtype: str, *, both: bool = False) -> Specimen:
     """The kernel as it is launched."""
-    constants = {"D": depth, "BN": 64}
-    types = {"x_ptr": f"*{dtype}", "token_ptr": "*i32", "out_ptr": f"*{dtype}"}
-    return Specimen(
-        f"gather {dtype} D={depth}",
-        _gather,
-        typed(_gather, constants, **types),
-        constants,
-        {"num_warps": 4},
-        aligned=("x_b", "x_h", "x_l"),
-    )
-
-
-def specimen_of_both(depth: int, dtype: str) -> Specimen:
-    """The kernel of two tensors as it is launched."""
-    constants = {"D": depth, "BN": 64}
+    constants = {"BOTH": both, "D": depth, "BN": _PLACES}
     types = {
         **dict.fromkeys(("x_ptr", "y_ptr", "x_out", "y_out"), f"*{dtype}"),
-        "token_ptr": "*i32",
+        **dict.fromkeys(("token_ptr", "zero"), "*i32"),
     }
     return Specimen(
-        f"gather both {dtype} D={depth}",
-        _gather_both,
-        typed(_gather_both, constants, **types),
+        f"gather{' both' * both} {dtype} D={depth}",
+        _gather,
+        typed(_gather, constants, **types),
         constants,
         {"num_warps": 4},
         aligned=("x_b", "x_h", "x_l", "y_b", "y_h", "y_l"),

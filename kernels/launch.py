@@ -32,7 +32,7 @@ def launch(
     Args:
         kernel: of Triton or Gluon; its constants come last in its signature.
         grid: programs along one to three axes.
-        pointers: tensors and tensor descriptors, which the signature has first.
+        pointers: tensors, tensor descriptors and ``None``, which the signature has first.
         sizes: integers and floats, which follow.
         constants: constants of the kernel, and options of the launch.
     """
@@ -40,7 +40,7 @@ def launch(
     if not _DIRECT or replaced or not isinstance(kernel, triton.JITFunction):
         kernel[grid](*pointers, *sizes, **constants)
         return
-    device = pointers[0].device.index
+    device = pointers[0].get_device()
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, pointers, sizes, **constants)
@@ -56,7 +56,7 @@ def launch(
             kinds.append(one.dtype)
         else:
             given.append(one)
-            kinds.append((one.base.dtype, *one.block_shape))
+            kinds.append(None if one is None else (one.base.dtype, *one.block_shape))
     if bits & 15 or _watched():
         kernel[grid](*pointers, *sizes, **constants)
         return

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_accel.kernels.first_use import rehearsing
 
@@ -23,7 +22,8 @@ BLOCK_BIT = 4
 
 
 T = TypeVar("T")
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# by the offsets' number, with what tells whether it is still theirs
+_known: dict[int, tuple[weakref.ref[Tensor], dict[Hashable, Any]]] = {}
 
 
 def remembered(perm: Tensor, offsets: Tensor, what: Hashable, make: Callable[[], T]) -> T:
@@ -34,13 +34,25 @@ def remembered(perm: Tensor, offsets: Tensor, what: Hashable, make: Callable[[],
     """
     if rehearsing():
         return make()
-    known: dict[Hashable, Any] = _known.setdefault(offsets, {})  # type: ignore[no-untyped-call]
+    number = id(offsets)
+    owner = _known.get(number)
+    if owner is None or owner[0]() is not offsets:
+        # when one goes, so does what is known of it
+        owner = weakref.ref(offsets, lambda gone: _forget(number, gone)), {}
+        _known[number] = owner
+    known = owner[1]
     found = known.get(what)
     if found is not None and found[0]() is perm:
         return found[1]  # type: ignore[no-any-return]
     made = make()
     known[what] = weakref.ref(perm), made
     return made
+
+
+def _forget(number: int, gone: weakref.ref[Tensor]) -> None:
+    found = _known.get(number)
+    if found is not None and found[0] is gone:
+        del _known[number]
 
 
 class Compact(NamedTuple):

@@ -37,7 +37,12 @@ def in_groups(
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    for batch, heads in _groups(k):
+    groups = list(_groups(k))
+    if len(groups) == 1:
+        whole = {"key_valid": key_valid, "rest": rest, "onto": onto, "into": (out, lse)}
+        run(q, k, v, code, **whole, **orders, **options)
+        return out, lse
+    for batch, heads in groups:
 
         def cut(x: T, batch: slice = batch, heads: slice = heads) -> T:
             return _cut(x, batch, heads)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.gather import gather_both, specimen_of_both
+from dit_accel.kernels.gather import gather_both, specimen
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import (
@@ -142,6 +142,8 @@ class Problem(NamedTuple):
     q: Tensor  # [B, H, L, D], rows of any stride
     keys: Tensor  # [B, H, L or more, D], contiguous, in order, means behind them
     values: Tensor
+    table: Tensor  # [2 * B * H * (L or more), D], the rows of both, keys first
+    taken: Tensor  # int32 [1], 0: tiles that programs have taken beyond their first
     queries: Compact
     q_tiles: Tiles
     listed: Tensor  # int32 [B, H, Nq, T + 2], the exact tiles of every row
@@ -182,15 +184,16 @@ def packed(
 
 def tables_of(
     k: Tensor, v: Tensor, order: Compact, pyramid: Pooled | None
-) -> tuple[Tensor, Tensor]:
-    """Keys and values in the order, and behind them the means of every level."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values in the order, and behind them the means of every level; as `Problem` has
+    them, with the rows of both, and a 0."""
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, length, depth = k.shape
     height = length if pyramid is None else pyramid.height
-    keys, values = (
-        torch.empty(batch, heads, height, depth, dtype=x.dtype, device=x.device) for x in (k, v)
-    )
-    gather_both(k, v, order.perm, keys, values)
+    table = torch.empty((2, batch, heads, height, depth), dtype=k.dtype, device=k.device)
+    taken = torch.empty(1, dtype=torch.int32, device=k.device)
+    keys, values = table.unbind()
+    gather_both(k, v, order.perm, keys, values, taken)
     if pyramid is not None:
         rows = pyramid.span.shape[-1]
         launch(
@@ -203,7 +206,7 @@ def tables_of(
             ROWS=_ROWS,
             num_warps=4,
         )
-    return keys, values
+    return keys, values, table.view(-1, depth), taken
 
 
 def some_of(x: Tensor, batch: slice, heads: slice) -> Tensor:
@@ -249,7 +252,7 @@ def _specimens() -> list[Specimen]:
             typed(pool_kernel, pool, keys="*bf16", values="*bf16", span="*i32"),
             pool,
         ),
-        specimen_of_both(128, "bf16"),
+        specimen(128, "bf16", both=True),
     ]
 
 

@@ -73,21 +73,24 @@ def tables_kernel(
 
 
 def rest_tables(rest: RestTerms | None, like: Tensor, scale: float) -> dict[str, Tensor]:
-    """Tables of the rest in the inputs' dtype; logits' parts in powers of two."""
+    """Tables of the rest in the inputs' dtype; logits' parts in powers of two.
+
+    Returns:
+        ``rows`` ``[R, D]``, all of them, of which the others are parts, of every head by turns: the
+        means ``k`` and ``v``, then what is used of halves of variances ``var`` and of ``s C / L``,
+        ``cov``. Beside these ``bias``, fp32 ``[B, H, Nk]``.
+    """
     if rest is None:
         bias = torch.empty((1, 1, 1), dtype=torch.float32, device=like.device)
-        return {"k": like, "v": like, "var": like, "bias": bias, "cov": like}
+        return {**dict.fromkeys(("rows", "k", "v", "var", "cov"), like), "bias": bias}
     batch, heads, blocks, depth = rest.k_mean.shape
     weighed = rest.weight != "plain" and rest.k_var is not None
     first_order = rest.cov_sum is not None
-
-    def new(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
-        return torch.empty((batch, heads, *shape), dtype=dtype, device=like.device)
-
-    keys, values = new(blocks, depth), new(blocks, depth)
-    spread = new(blocks, depth) if weighed else keys
-    cov = new(depth, depth) if first_order else keys
-    bias = new(blocks, dtype=torch.float32)
+    sizes = [blocks, blocks, blocks if weighed else 0, depth if first_order else 0]
+    pairs = batch * heads
+    rows = torch.empty((pairs * sum(sizes), depth), dtype=like.dtype, device=like.device)
+    keys, values, spread, cov = rows.split([pairs * size for size in sizes])
+    bias = torch.empty((batch, heads, blocks), dtype=torch.float32, device=like.device)
     k_mean, v_mean, count = (x.contiguous() for x in (rest.k_mean, rest.v_mean, rest.count))
     k_var = k_mean if rest.k_var is None else rest.k_var.contiguous()
     cov_sum = k_mean if rest.cov_sum is None else rest.cov_sum.contiguous()
@@ -103,9 +106,7 @@ def rest_tables(rest: RestTerms | None, like: Tensor, scale: float) -> dict[str,
         ROWS=_ROWS,
         num_warps=4,
     )
-    unused = {} if weighed else {"var": like}
-    unused |= {} if first_order else {"cov": like}
-    return {"k": keys, "v": values, "var": spread, "bias": bias, "cov": cov} | unused
+    return {"rows": rows, "k": keys, "v": values, "var": spread, "cov": cov, "bias": bias}
 
 
 def _specimen(dtype: str, depth: int) -> Specimen:

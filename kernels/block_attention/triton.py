@@ -331,7 +331,7 @@ def _attend(
             problem.listed,
             problem.counts,
             problem.code,
-            *terms.values(),
+            *(terms[name] for name in ("k", "v", "var", "bias", "cov")),
             problem.out,
             problem.lse,
         ),

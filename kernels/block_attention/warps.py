@@ -1,11 +1,13 @@
 """The exact tiles of block attention on Hopper, in Gluon: what the groups of warps do.
 
-One warp brings keys and values, two 64-row boxes a turn, wherever the list has them; two warp
-groups take 64 queries each. A warp group starts the next logits before the product with the values
-of the turn before, and computes its softmax while the latter runs (FlashAttention-3, arXiv
-2407.08608); the two groups drift apart by themselves, and one's softmax hides behind the other's
-products. Queries that fit one group are taken by both: each has every other turn, and in the end
-the second hands its partial to the first.
+As many programs run as there are multiprocessors, and each takes tiles of queries until none is
+left. One warp takes the tiles, tells the others of each, and brings keys and values, two 64-row
+boxes a turn, wherever the list has them: those of the next tile too, while the tile before is
+finished. Two warp groups take 64 queries each. A warp group starts the next logits before the
+product with the values of the turn before, and computes its softmax while the latter runs
+(FlashAttention-3, arXiv 2407.08608); the two groups drift apart by themselves, and one's softmax,
+and where a tile begins and ends, hides behind the other's products. Queries that fit one group are
+taken by both: each has every other turn, and in the end the second hands its partial to the first.
 """
 
 from triton.experimental import gluon
@@ -27,12 +29,13 @@ from dit_accel.kernels.block_attention.softmax import (
     _soften_level,
     _soften_plain,
 )
-from dit_accel.kernels.packed import START_BIT
+from dit_accel.kernels.block_attention.tile import barrier, find, hear, heard, tell, tell_one
+from dit_accel.kernels.packed import LENGTH_BITS, START_BIT
 
 _BITS = gl.constexpr(START_BIT)
+_MASK = gl.constexpr((1 << LENGTH_BITS) - 1)
 # renamed between Triton 3.6 and 3.9
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
 @gluon.jit
@@ -45,7 +48,7 @@ def _rows_of(entries, turn, row, boxes: gl.constexpr):
 
 
 @gluon.jit
-def _bring(desc, wide, rows, full, buffer, ready, BOX: gl.constexpr):
+def _bring(desc, wide, row, places, full, buffer, ready, BOX: gl.constexpr):
     """The boxes of one turn of a list into one buffer; full ones of a run at once, 64 rows each.
 
     ``full``: how many of the boxes, the first ones, are full. These rise by a box at least.
@@ -55,15 +58,15 @@ def _bring(desc, wide, rows, full, buffer, ready, BOX: gl.constexpr):
     boxes: gl.constexpr = 64 // BOX
     mbarrier.expect(ready, width * depth * 2)
     for part in gl.static_range(width // 64):
-        first = rows[part * boxes]
+        first = places[part * boxes]
         if BOX == 64:
-            _load(desc, [first, 0], ready, buffer.slice(part * 64, 64))
-        elif (rows[part * boxes + boxes - 1] == first + 64 - BOX) & ((part + 1) * boxes <= full):
-            _load(wide, [first, 0], ready, buffer.slice(part * 64, 64))
+            _load(desc, [row + first, 0], ready, buffer.slice(part * 64, 64))
+        elif (places[part * boxes + boxes - 1] == first + 64 - BOX) & ((part + 1) * boxes <= full):
+            _load(wide, [row + first, 0], ready, buffer.slice(part * 64, 64))
         else:
             for i in gl.static_range(boxes):
-                row = rows[part * boxes + i]
-                _load(desc, [row, 0], ready, buffer.slice(part * 64 + i * BOX, BOX))
+                place = places[part * boxes + i]
+                _load(desc, [row + place, 0], ready, buffer.slice(part * 64 + i * BOX, BOX))
 
 
 @gluon.jit
@@ -77,21 +80,25 @@ def _bring_run(desc, row, buffer, ready):
 
 
 @gluon.jit
-def _bring_turns(p, keys, values, entries, turns, plain, k_turn, v_turn, BOX: gl.constexpr):
+def _bring_turns(
+    p, desc, wide, tile, entries, first, stop, plain, k_turn, v_turn, BOX: gl.constexpr
+):
     """Some turns of a list, keys and values; the boxes of the first ``plain`` are full."""
     k_stages: gl.constexpr = p.k_bufs.shape[0]
     v_stages: gl.constexpr = p.v_bufs.shape[0]
     boxes: gl.constexpr = p.k_bufs.shape[1] // BOX
-    for i in range(turns):
-        rows = _rows_of(entries, i, p.row, boxes)
+    k_row = tile.head * p.table
+    v_row = (p.pairs + tile.head) * p.table
+    for i in range(first, stop):
+        places = _rows_of(entries, i, 0, boxes)
         full = (plain - i) * boxes
         at = k_turn % k_stages
         mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-        _bring(keys, p.wide_keys, rows, full, p.k_bufs.index(at), p.k_ready.index(at), BOX)
+        _bring(desc, wide, k_row, places, full, p.k_bufs.index(at), p.k_ready.index(at), BOX)
         k_turn += 1
         at = v_turn % v_stages
         mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
-        _bring(values, p.wide_values, rows, full, p.v_bufs.index(at), p.v_ready.index(at), BOX)
+        _bring(desc, wide, v_row, places, full, p.v_bufs.index(at), p.v_ready.index(at), BOX)
         v_turn += 1
     return k_turn, v_turn
 
@@ -99,61 +106,93 @@ def _bring_turns(p, keys, values, entries, turns, plain, k_turn, v_turn, BOX: gl
 @gluon.jit
 def producer(
     p,
+    desc,
+    wide,
     pooled,
+    rest,
     BOX: gl.constexpr,
     WEIGHT: gl.constexpr,
     FIRST_ORDER: gl.constexpr,
     POOLED: gl.constexpr,
 ):
-    """Brings the rest's means turn by turn, then the listed keys and values, level by level."""
+    """Takes tiles, and brings the rest's means, then the listed keys and values, level by level."""
     k_stages: gl.constexpr = p.k_bufs.shape[0]
     v_stages: gl.constexpr = p.v_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
     depth: gl.constexpr = p.k_bufs.shape[2]
     k_turn = gl.to_tensor(0)
-    for i in range(p.rest_turns):
-        row = p.rest_row + i * width
-        at = k_turn % k_stages
-        mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-        _bring_run(p.rest_keys, row, p.k_bufs.index(at), p.k_ready.index(at))
-        k_turn += 1
-        if WEIGHT != 0:
-            at = k_turn % k_stages
-            mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
-            _bring_run(p.rest_var, row, p.k_bufs.index(at), p.k_ready.index(at))
-            k_turn += 1
-        at = i % v_stages
-        mbarrier.wait(p.v_free.index(at), ((i // v_stages) & 1) ^ 1)
-        _bring_run(p.rest_values, row, p.v_bufs.index(at), p.v_ready.index(at))
-    v_turn = p.rest_turns
-    at = p.entries
-    k_turn, v_turn = _bring_turns(p, p.keys, p.values, at, p.turn_1, p.plain_0, k_turn, v_turn, BOX)
-    if POOLED:
-        box_1: gl.constexpr = pooled[0].block_shape[0]
-        box_2: gl.constexpr = pooled[2].block_shape[0]
-        box_3: gl.constexpr = pooled[4].block_shape[0]
-        at += p.turn_1 * (width // BOX)
-        turns = p.turn_2 - p.turn_1
-        plain = p.plain_1 - p.turn_1
-        k_turn, v_turn = _bring_turns(
-            p, pooled[0], pooled[1], at, turns, plain, k_turn, v_turn, box_1
-        )
-        at += turns * (width // box_1)
-        turns = p.turn_3 - p.turn_2
-        plain = p.plain_2 - p.turn_2
-        k_turn, v_turn = _bring_turns(
-            p, pooled[2], pooled[3], at, turns, plain, k_turn, v_turn, box_2
-        )
-        at += turns * (width // box_2)
-        turns = p.turns - p.turn_3
-        plain = p.plain_3 - p.turn_3
-        k_turn, v_turn = _bring_turns(
-            p, pooled[4], pooled[5], at, turns, plain, k_turn, v_turn, box_3
-        )
-    if FIRST_ORDER:
-        at = v_turn % v_stages
-        mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
-        _bring_run(p.cov, p.cov_row, p.v_bufs.index(at).slice(0, depth), p.cov_ready)
+    v_turn = gl.to_tensor(0)
+    number = gl.to_tensor(0)
+    taken = gl.program_id(0)
+    while taken < p.num_rows * p.pairs:
+        tile = find(p, pooled, taken, BOX, POOLED)
+        if tile.span != 0:
+            tell(p, number, tile, POOLED)
+            number += 1
+            every = p.pairs * p.columns
+            row = tile.head * p.columns
+            for _ in range(p.rest_turns):
+                at = k_turn % k_stages
+                mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
+                _bring_run(rest, row, p.k_bufs.index(at), p.k_ready.index(at))
+                k_turn += 1
+                if WEIGHT != 0:
+                    at = k_turn % k_stages
+                    mbarrier.wait(p.k_free.index(at), ((k_turn // k_stages) & 1) ^ 1)
+                    _bring_run(rest, row + 2 * every, p.k_bufs.index(at), p.k_ready.index(at))
+                    k_turn += 1
+                at = v_turn % v_stages
+                mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
+                _bring_run(rest, row + every, p.v_bufs.index(at), p.v_ready.index(at))
+                v_turn += 1
+                row += width
+            at = tile.entries
+            k_turn, v_turn = _bring_turns(
+                p, desc, wide, tile, at, 0, tile.turn_1, tile.plain_0, k_turn, v_turn, BOX
+            )
+            if POOLED:
+                box_1: gl.constexpr = pooled[0].block_shape[0]
+                box_2: gl.constexpr = pooled[1].block_shape[0]
+                box_3: gl.constexpr = pooled[2].block_shape[0]
+                at += tile.turn_1 * (width // BOX)
+                turns = tile.turn_2 - tile.turn_1
+                plain = tile.plain_1 - tile.turn_1
+                k_turn, v_turn = _bring_turns(
+                    p, pooled[0], wide, tile, at, 0, turns, plain, k_turn, v_turn, box_1
+                )
+                at += turns * (width // box_1)
+                turns = tile.turn_3 - tile.turn_2
+                plain = tile.plain_2 - tile.turn_2
+                k_turn, v_turn = _bring_turns(
+                    p, pooled[1], wide, tile, at, 0, turns, plain, k_turn, v_turn, box_2
+                )
+                at += turns * (width // box_2)
+                turns = tile.turns - tile.turn_3
+                plain = tile.plain_3 - tile.turn_3
+                k_turn, v_turn = _bring_turns(
+                    p, pooled[2], wide, tile, at, 0, turns, plain, k_turn, v_turn, box_3
+                )
+            if FIRST_ORDER:
+                at = v_turn % v_stages
+                mbarrier.wait(p.v_free.index(at), ((v_turn // v_stages) & 1) ^ 1)
+                cov_row = every * (3 if WEIGHT != 0 else 2) + tile.head * depth
+                buffer = p.v_bufs.index(at).slice(0, depth)
+                _bring_run(rest, cov_row, buffer, p.v_ready.index(at))
+                v_turn += 1
+        taken = gl.atomic_add(p.taken, 1, sem="relaxed") + gl.num_programs(0)
+    # the others stop at a tile that holds nothing
+    at = number & 1
+    mbarrier.wait(p.told_free.index(at), ((number >> 1) & 1) ^ 1)
+    tell_one(p, at, 0, 0)
+    barrier()
+    mbarrier.arrive(p.told_ready.index(at), count=1)
+
+
+@gluon.jit
+def _release(bar, alone):
+    """A buffer is free when both groups say so; a group that has it to itself says it twice."""
+    mbarrier.arrive(bar, count=1)
+    mbarrier.arrive(bar, count=1, pred=alone == 1)
 
 
 @gluon.jit
@@ -168,6 +207,47 @@ def consumer(
     INIT: gl.constexpr,
     POOLED: gl.constexpr,
 ):
+    k_first = gl.to_tensor(0)
+    v_first = gl.to_tensor(0)
+    number = gl.to_tensor(0)
+    joins = gl.to_tensor(0)
+    mbarrier.wait(p.told_ready.index(0), 0)
+    span = heard(p, number, 0)
+    while span != 0:
+        tile = hear(p, number, span, POOLED)
+        alone = ((span & _MASK) <= 64).to(gl.int32) if WEIGHT == 0 else gl.to_tensor(0)
+        _attend(
+            p, tile, alone, group, q_buf, square_buf, k_first, v_first, joins,
+            BOX, WEIGHT, FIRST_ORDER, INIT, POOLED,
+        )  # fmt: skip
+        k_first += p.rest_turns * (1 if WEIGHT == 0 else 2) + tile.turns
+        v_first += p.rest_turns + tile.turns + (1 if FIRST_ORDER else 0)
+        joins += alone
+        number += 1
+        # all of this group are done with the queries
+        barrier()
+        mbarrier.wait(p.told_ready.index(number & 1), (number >> 1) & 1)
+        span = heard(p, number, 0)
+
+
+@gluon.jit
+def _attend(
+    p,
+    tile,
+    alone,
+    group: gl.constexpr,
+    q_buf,
+    square_buf,
+    k_first,
+    v_first,
+    joins,
+    BOX: gl.constexpr,
+    WEIGHT: gl.constexpr,
+    FIRST_ORDER: gl.constexpr,
+    INIT: gl.constexpr,
+    POOLED: gl.constexpr,
+):
+    """One tile, by one group, from its queries to its results."""
     depth: gl.constexpr = q_buf.shape[1]
     k_stages: gl.constexpr = p.k_bufs.shape[0]
     v_stages: gl.constexpr = p.v_bufs.shape[0]
@@ -182,40 +262,49 @@ def consumer(
     acc_row: gl.constexpr = gl.SliceLayout(1, result)
     # queries that one group can hold are held by both, and the turns go by parity
     if WEIGHT == 0:
-        turn = p.alone * group
-        step = p.alone + 1
-        first_row = (1 - p.alone) * group * rows
+        turn = alone * group
+        step = alone + 1
+        first_row = (1 - alone) * group * rows
     else:
         turn = gl.to_tensor(0)
         step = gl.to_tensor(1)
         first_row = gl.to_tensor(group * rows)
 
+    b = (tile.head // p.heads).to(gl.int64)
+    h = (tile.head % p.heads).to(gl.int64)
+    one = tile.head.to(gl.int64)
+    count = tile.span & _MASK
+    tokens = p.q_perm + b * p.perm_b + h * p.perm_h + (tile.span >> _BITS)
+
     # the queries of this group, gathered
     place = first_row + gl.arange(0, rows, gl.SliceLayout(1, flat))
-    inside = place < p.count
-    token = gl.load(p.tokens + place, mask=inside, other=0).to(gl.int64)
+    inside = place < count
+    token = gl.load(tokens + place, mask=inside, other=0).to(gl.int64)
     column = gl.arange(0, depth, gl.SliceLayout(0, flat))
     where = gl.expand_dims(token, 1) * p.q_l + gl.expand_dims(column, 0)
-    query = gl.load(p.q + where, mask=gl.expand_dims(inside, 1), other=0.0)
+    query = gl.load(p.q + b * p.q_b + h * p.q_h + where, mask=gl.expand_dims(inside, 1), other=0.0)
     q_buf.store(query)
     if WEIGHT != 0:
         scaled = query.to(gl.float32) * p.scale
         square_buf.store((scaled * scaled).to(dtype))
     fence_async_shared()
+    barrier()
 
     acc_place = first_row + gl.arange(0, rows, acc_row)
     # the second group's share is handed to the first
-    acc_inside = (acc_place < p.count) & (turn == 0)
-    acc_token = gl.load(p.tokens + acc_place, mask=acc_inside, other=0).to(gl.int64)
+    acc_inside = (acc_place < count) & (turn == 0)
+    acc_token = gl.load(tokens + acc_place, mask=acc_inside, other=0).to(gl.int64)
     acc_column = gl.arange(0, depth, gl.SliceLayout(0, result))
     if INIT:
         start = gl.expand_dims(acc_token, 1) * depth + gl.expand_dims(acc_column, 0)
-        acc = gl.load(p.init + start, mask=gl.expand_dims(acc_inside, 1), other=0.0)
+        acc = gl.load(
+            p.init + one * p.length * depth + start, mask=gl.expand_dims(acc_inside, 1), other=0.0
+        )
         acc = acc.to(gl.float32)
         row_place = first_row + gl.arange(0, rows, row_of)
-        row_inside = (row_place < p.count) & (turn == 0)
-        row_token = gl.load(p.tokens + row_place, mask=row_inside, other=0)
-        m = gl.load(p.init_lse + row_token, mask=row_inside, other=float("-inf"))
+        row_inside = (row_place < count) & (turn == 0)
+        row_token = gl.load(tokens + row_place, mask=row_inside, other=0)
+        m = gl.load(p.init_lse + one * p.length + row_token, mask=row_inside, other=float("-inf"))
         m = m * 1.4426950408889634
         mass = gl.where(m == float("-inf"), 0.0, 1.0)
     else:
@@ -225,19 +314,22 @@ def consumer(
     nothing = gl.zeros([rows, width], gl.float32, logits)
     columns = gl.arange(0, width, gl.SliceLayout(0, logits))
 
-    k_turn = turn
+    codes = p.code + b * p.code_b + h * p.code_h + tile.block.to(gl.int64) * p.columns
+    biases = p.rest_bias + b * p.bias_b + h * p.bias_h
+    k_turn = k_first + turn
+    v_turn = v_first + turn
     for i in range(turn, p.rest_turns, step):
         number = i * width + columns
         known = number < p.columns
-        kind = gl.load(p.code + number, mask=known, other=0)
-        bias = gl.load(p.rest_bias + number, mask=known, other=float("-inf"))
+        kind = gl.load(codes + number, mask=known, other=0)
+        bias = gl.load(biases + number, mask=known, other=float("-inf"))
         bias = gl.where(kind == -1, bias, float("-inf"))
         at = k_turn % k_stages
         mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
         keys = p.k_bufs.index(at).permute((1, 0))
         if WEIGHT == 0:
             s = warpgroup_mma(q_buf, keys, nothing, use_acc=False)
-            mbarrier.arrive(p.k_free.index(at), count=1)
+            _release(p.k_free.index(at), alone)
             s = s * p.by + gl.expand_dims(bias, 0)
             weights, m, mass, fade = _soften(s, m, mass)
         else:
@@ -265,26 +357,26 @@ def consumer(
                 weights, m, mass, fade = _soften(s, m, mass)
         k_turn += step
         acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
-        at = i % v_stages
-        mbarrier.wait(p.v_ready.index(at), (i // v_stages) & 1)
+        at = v_turn % v_stages
+        mbarrier.wait(p.v_ready.index(at), (v_turn // v_stages) & 1)
         a = gl.convert_layout(weights.to(dtype), operand)
         acc = warpgroup_mma(a, p.v_bufs.index(at), acc)
-        mbarrier.arrive(p.v_free.index(at), count=1)
+        _release(p.v_free.index(at), alone)
+        v_turn += step
     rest_m = m
     rest_mass = mass
 
-    turns = p.turns
+    turns = tile.turns
     begin = (turn + p.rest_turns) & (step - 1)
     if turns > begin:
-        v_turn = p.rest_turns + begin
         at = k_turn % k_stages
         mbarrier.wait(p.k_ready.index(at), (k_turn // k_stages) & 1)
         s = warpgroup_mma(q_buf, p.k_bufs.index(at).permute((1, 0)), nothing, use_acc=False)
-        mbarrier.arrive(p.k_free.index(at), count=1)
+        _release(p.k_free.index(at), alone)
         if POOLED:
-            s = _hide_level(s * p.by, p, begin, columns, BOX)
+            s = _hide_level(s * p.by, tile, begin, columns, BOX)
         else:
-            s = _hide(s * p.by, p.entries, begin, columns, BOX)
+            s = _hide(s * p.by, tile.entries, begin, columns, BOX)
         weights, m, mass, fade = _soften(s, m, mass)
         acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
         a = gl.convert_layout(weights.to(dtype), operand)
@@ -298,45 +390,49 @@ def consumer(
             mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
             acc_next = warpgroup_mma(a, p.v_bufs.index(v_at), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s_next,))
-            mbarrier.arrive(p.k_free.index(at), count=1)
+            _release(p.k_free.index(at), alone)
             if POOLED:
-                if _is_plain(p, i):
-                    level = _level_of(p, i)
+                if _is_plain(tile, i):
+                    level = _level_of(tile, i)
                     weights, m, mass, fade = _soften_level(s, m, mass, p.by, level)
                 else:
-                    s = _hide_level(s * p.by, p, i, columns, BOX)
+                    s = _hide_level(s * p.by, tile, i, columns, BOX)
                     weights, m, mass, fade = _soften(s, m, mass)
-            elif i >= p.plain_0:
-                s = _hide(s * p.by, p.entries, i, columns, BOX)
+            elif i >= tile.plain_0:
+                s = _hide(s * p.by, tile.entries, i, columns, BOX)
                 weights, m, mass, fade = _soften(s, m, mass)
             else:
                 weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
             acc, a = warpgroup_mma_wait(0, deps=(acc_next, a))
-            mbarrier.arrive(p.v_free.index(v_at), count=1)
+            _release(p.v_free.index(v_at), alone)
             v_turn += step
             acc = acc * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
             a = gl.convert_layout(weights.to(dtype), operand)
         v_at = v_turn % v_stages
         mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
         acc = warpgroup_mma(a, p.v_bufs.index(v_at), acc)
-        mbarrier.arrive(p.v_free.index(v_at), count=1)
+        _release(p.v_free.index(v_at), alone)
     if FIRST_ORDER:
-        v_at = (p.rest_turns + turns) % v_stages
-        mbarrier.wait(p.cov_ready, 0)
+        v_turn = v_first + p.rest_turns + turns
+        v_at = v_turn % v_stages
+        mbarrier.wait(p.v_ready.index(v_at), (v_turn // v_stages) & 1)
         none = gl.zeros([rows, depth], gl.float32, result)
         first = warpgroup_mma(q_buf, p.v_bufs.index(v_at).slice(0, depth), none, use_acc=False)
+        # of both groups, be they alone or not
+        mbarrier.arrive(p.v_free.index(v_at), count=1)
         fade = gl.where(rest_mass == 0.0, 0.0, rest_mass * gl.exp2(rest_m - m))
         acc += first * gl.expand_dims(gl.convert_layout(fade, acc_row), 1)
     if WEIGHT == 0:  # noqa: SIM102
         if step == 2:
             if group == 1:
+                mbarrier.wait(p.handed_free, (joins & 1) ^ 1)
                 p.handed.store(acc)
                 p.sums.index(0).store(m)
                 p.sums.index(1).store(mass)
-                _barrier()
+                barrier()
                 mbarrier.arrive(p.joined, count=1)
             else:
-                mbarrier.wait(p.joined, 0)
+                mbarrier.wait(p.joined, joins & 1)
                 m_other = p.sums.index(0).load(row_of)
                 peak = gl.maximum(m, m_other)
                 safe = gl.where(peak == float("-inf"), 0.0, peak)
@@ -348,11 +444,19 @@ def consumer(
                 acc += p.handed.load(result) * gl.expand_dims(
                     gl.convert_layout(fade_other, acc_row), 1
                 )
+                barrier()
+                mbarrier.arrive(p.handed_free, count=1)
 
     total = gl.where(mass == 0.0, 1.0, mass)
     norm = gl.where(mass == 0.0, float("-inf"), (m + gl.log2(total)) * 0.6931471805599453)
     acc = acc / gl.expand_dims(gl.convert_layout(total, acc_row), 1)
-    target = p.out + gl.expand_dims(acc_token, 1) * p.out_l + gl.expand_dims(acc_column, 0)
+    target = (
+        p.out
+        + b * p.out_b
+        + h * p.out_h
+        + gl.expand_dims(acc_token, 1) * p.out_l
+        + gl.expand_dims(acc_column, 0)
+    )
     gl.store(target, acc.to(p.out.dtype.element_ty), mask=gl.expand_dims(acc_inside, 1))
     norm = gl.convert_layout(norm, acc_row)
-    gl.store(p.lse + acc_token, norm, mask=acc_inside)
+    gl.store(p.lse + one * p.length + acc_token, norm, mask=acc_inside)

@@ -24,13 +24,14 @@ def largest(value, count, COLUMNS: tl.constexpr):
     """
     finite = value > float("-inf")
     count = tl.minimum(count, tl.sum(finite.to(tl.int32), 1))
-    # floats in their own order as unsigned numbers; zeros of both signs are equal
+    # floats in their own order as whole numbers; zeros of both signs are equal
     bits = (value + 0.0).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = (key.to(tl.int64) + 2147483648).to(tl.uint32)
-    least = (count * 0).to(tl.uint32)
-    for step in tl.static_range(32):
-        more = least | (1 << (31 - step))
+    # the largest number that enough entries reach: its sign first, which turns the order around
+    enough = tl.sum((key >= 0).to(tl.int32), 1) >= count
+    least = tl.where(enough, 0, -2147483648)
+    for step in tl.static_range(31):
+        more = least | (1 << (30 - step))
         enough = tl.sum((key >= more[:, None]).to(tl.int32), 1) >= count
         least = tl.where(enough, more, least)
     above = finite & (key > least[:, None])
@@ -73,7 +74,7 @@ def plan_kernel(
         known = column < columns
         where = (head * blocks + column)[:, None] * D + depth[None, :]
         key = tl.load(k_mean + where, mask=known[:, None], other=0.0)
-        part_score = tl.dot(query, tl.trans(key), input_precision="ieee")
+        part_score = tl.dot(query, tl.trans(key), input_precision="tf32x3")
         shift = tl.zeros([CHUNK], tl.float32)
         if BIAS:
             spread = tl.load(norm + head * blocks + column, mask=known, other=0.0)

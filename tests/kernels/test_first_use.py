@@ -131,3 +131,20 @@ assert [name for name, _ in compiled] == ["merge_kernel"]
 """,
         tmp_path,
     )
+
+
+def test_the_first_import_of_a_kernel_may_be_here(tmp_path):
+    """As it is in every process; Triton's own launch is what `launch` must take the place of."""
+    run(
+        """
+import sys
+from triton.runtime.jit import JITFunction
+for name in [one for one in sys.modules if one.startswith("dit_accel.kernels")]:
+    if name != "dit_accel.kernels.first_use":
+        del sys.modules[name]
+with first_use.rehearsal():
+    from dit_accel.kernels import launch as launching
+assert launching._RUN is JITFunction.run
+""",
+        tmp_path,
+    )

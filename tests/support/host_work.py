@@ -28,7 +28,17 @@ METHODS = {
     "psa, thresholds": lambda: presets.psa(),
 }
 _FREE = {"empty", "new_empty", "view", "alias", "expand", "squeeze", "unsqueeze", "select", "slice"}
-_FREE |= {"detach", "permute", "transpose", "as_strided", "_unsafe_view", "t", "mT"}
+_FREE |= {
+    "unbind",
+    "split_with_sizes",
+    "detach",
+    "permute",
+    "transpose",
+    "as_strided",
+    "_unsafe_view",
+    "t",
+    "mT",
+}
 
 
 class Counted(TorchDispatchMode):
