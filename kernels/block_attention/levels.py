@@ -306,6 +306,7 @@ def levels_kernel(
     first,
     keys,
     values,
+    zero,
     k_b,
     k_h,
     k_l,
@@ -337,6 +338,8 @@ def levels_kernel(
     v += b * v_b + h * v_h
     _pool(k, k_l, keys, perm, begin, stop, at_2, at_4, at_8, D, GROUPS)
     _pool(v, v_l, values, perm, begin, stop, at_2, at_4, at_8, D, GROUPS)
+    if (j == 0) & (head == 0):
+        tl.store(zero, 0)
     # rows that no block has are read beside the last ones
     zeros = tl.zeros([GROUPS, D], keys.dtype.element_ty)
     for i in tl.static_range(4):
@@ -351,7 +354,9 @@ def levels_kernel(
             tl.store(values + at, zeros, mask=place < until)
 
 
-def tables_with_means(k: Tensor, v: Tensor, order: Compact, found: Rows) -> tuple[Tensor, Tensor]:
+def tables_with_means(
+    k: Tensor, v: Tensor, order: Compact, found: Rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values in the order, and behind them the means of every level.
 
     Args:
@@ -360,26 +365,26 @@ def tables_with_means(k: Tensor, v: Tensor, order: Compact, found: Rows) -> tupl
         found: where its blocks stand.
 
     Returns:
-        ``[B, H, height, D]``, contiguous; zero in rows that no block has.
+        As `Problem` has them, ``[B, H, height, D]``, zero in rows that no block has; with the rows
+        of both, and a 0.
     """
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, _, depth = k.shape
-    keys, values = (
-        torch.empty(batch, heads, found.height, depth, dtype=x.dtype, device=x.device)
-        for x in (k, v)
-    )
+    table = torch.empty((2, batch, heads, found.height, depth), dtype=k.dtype, device=k.device)
+    taken = torch.empty(1, dtype=torch.int32, device=k.device)
+    keys, values = table.unbind()
     blocks = found.sizes.shape[-1]
     launch(
         levels_kernel,
         (blocks, batch * heads),
-        (k, v, order.perm, found.first, keys, values),
+        (k, v, order.perm, found.first, keys, values, taken),
         (
             *(*k.stride()[:3], *v.stride()[:3], heads, blocks, found.height),
             *(*lead_strides(order.perm), *lead_strides(found.first)),
         ),
         **_table_constants(depth),
     )
-    return keys, values
+    return keys, values, table.view(-1, depth), taken
 
 
 def _table_constants(depth: int) -> dict[str, int]:
@@ -443,7 +448,10 @@ def level_problem(
 
 
 def _specimens() -> Iterator[Specimen]:
-    ints = {**dict.fromkeys(("first", "sizes", "listed", "counts", "perm"), "*i32"), "code": "*i8"}
+    ints = {
+        **dict.fromkeys(("first", "sizes", "listed", "counts", "perm", "zero"), "*i32"),
+        "code": "*i8",
+    }
     for size, columns in ((64, 2048), (16, 100)):
         constants = _pack_constants(size, columns)
         options = {"num_warps": constants.pop("num_warps")}

@@ -107,7 +107,10 @@ def test_tables_hold_keys_and_means(dtype, longest, padded):
         k = k.masked_fill(~valid[:, None, :, None], torch.nan)
     order = compact(perm, offsets, valid)
     found = levels.rows_of(order.offsets, LENGTH, 64, longest)
-    tables = levels.tables_with_means(k.mT.contiguous().mT, v, order, found)
+    *tables, rows, zero = levels.tables_with_means(k.mT.contiguous().mT, v, order, found)
+    assert rows.data_ptr() == tables[0].data_ptr()
+    assert rows.shape == (2 * 2 * found.height, 16)
+    assert zero == 0
     for x, table in zip((k, v), tables, strict=True):
         assert table.shape == (2, 1, found.height, 16)
         for b in range(2):
