@@ -1,6 +1,6 @@
 """The exact tiles of block attention on Hopper, in Gluon: what Triton itself would not schedule.
 
-What the warps do is in `warps.py`; here they are started.
+What the warps do is in `warps.py` and `bring.py`; here they are started.
 """
 
 from functools import lru_cache
@@ -15,12 +15,13 @@ from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.backends import multiprocessors
 from dit_accel.kernels.block_attention.api import RestTerms
+from dit_accel.kernels.block_attention.bring import producer
 from dit_accel.kernels.block_attention.levels import LEVELS, TURN, box_of
 from dit_accel.kernels.block_attention.problem import Problem
 from dit_accel.kernels.block_attention.tables import rest_tables
 from dit_accel.kernels.block_attention.tile import TOLD
 from dit_accel.kernels.block_attention.triton import WEIGHTS
-from dit_accel.kernels.block_attention.warps import consumer, producer
+from dit_accel.kernels.block_attention.warps import consumer
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen
