@@ -18,7 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.block_attention.levels import SPECIMENS as LEVEL_SPECIMENS
-from dit_accel.kernels.block_attention.levels import head_groups, level_problem, rows_of
+from dit_accel.kernels.block_attention.levels import head_groups, level_problem
+from dit_accel.kernels.block_attention.means import rows_of
 from dit_accel.kernels.block_attention.problem import (
     AHEAD,
     Problem,

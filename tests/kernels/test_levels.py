@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.block_attention import levels
+from dit_accel.kernels.block_attention import levels, means, problem
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, compact
 
 LENGTH = 333
@@ -41,7 +41,7 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
     blocks = offsets.shape[-1] - 1
     drawn = torch.randint(0, len(kinds), (2, 1, 2, blocks), generator=generator)
     code = torch.tensor(kinds, dtype=torch.int8)[drawn]
-    found = levels.rows_of(order.offsets, LENGTH, size, longest)
+    found = means.rows_of(order.offsets, LENGTH, size, longest)
     listed, counts = levels.packed_levels(code, found, 2, 1, size)
     assert listed.shape == (2, 1, 2, found.most)
     keys_of = meaning(found)
@@ -50,9 +50,9 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
     ):
         at, seen = 0, []
         for i, level in enumerate((1, 2, 4, 8)):
-            box = levels.box_of(level, size)
+            box = means.box_of(level, size)
             full, every = number[2 * i : 2 * i + 2].tolist()
-            padded = -(-every // (levels.TURN // box)) * (levels.TURN // box)
+            padded = -(-every // (means.TURN // box)) * (means.TURN // box)
             entries = row[at : at + padded].tolist()
             assert not any(entries[every:])
             for j, entry in enumerate(entries[:every]):
@@ -65,7 +65,7 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
                     assert count == per
                     seen += [(key, level) for key in range(first, first + count)]
             at += padded
-        assert not row[at : at + levels.AHEAD].any()
+        assert not row[at : at + problem.AHEAD].any()
         wanted = [
             (key, int(kind[block]))
             for block in range(blocks)
@@ -106,8 +106,8 @@ def test_tables_hold_keys_and_means(dtype, longest, padded):
     if padded:
         k = k.masked_fill(~valid[:, None, :, None], torch.nan)
     order = compact(perm, offsets, valid)
-    found = levels.rows_of(order.offsets, LENGTH, 64, longest)
-    *tables, rows, zero = levels.tables_with_means(k.mT.contiguous().mT, v, order, found)
+    found = means.rows_of(order.offsets, LENGTH, 64, longest)
+    *tables, rows, zero = means.tables_with_means(k.mT.contiguous().mT, v, order, found)
     assert rows.data_ptr() == tables[0].data_ptr()
     assert rows.shape == (2 * 2 * found.height, 16)
     assert zero == 0
@@ -134,7 +134,7 @@ def test_tables_hold_keys_and_means(dtype, longest, padded):
 def test_heads_are_taken_as_memory_allows(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     _, offsets = orders(64, generator)
-    found = levels.rows_of(offsets, LENGTH, 64, 64)
+    found = means.rows_of(offsets, LENGTH, 64, 64)
     k = torch.empty(2, 5, LENGTH, 16)
     marks = torch.arange(10).view(2, 5)
     one = 2 * found.height * 16 * 4
