@@ -59,11 +59,18 @@ def _hide_level(s, p, turn, columns, BOX: gl.constexpr):
     # boxes are powers of two: shifts in place of divisions by what is not known beforehand
     by = gl.where(turn < p.turn_1, log, gl.where(turn < p.turn_2, log_1, log_2))
     by = gl.where(turn < p.turn_3, by, log_3)
-    entry = gl.load(p.entries + at + (columns >> by))
-    known = (columns & ((1 << by) - 1)) < (entry & _MASK)
-    pooled = ((entry >> _COUNT) & 7) + 1
-    bias = gl.where(known, _log2(pooled.to(gl.float32)), float("-inf"))
-    return s + gl.expand_dims(bias, 0)
+    # no box is smaller than 8 rows, so that 8 columns have one entry
+    apart = gl.reshape(s, [s.shape[0], width // 8, 8])
+    layout: gl.constexpr = gl.SliceLayout(0, apart.type.layout)
+    eighth = gl.arange(0, width // 8, gl.SliceLayout(1, layout))
+    entry = gl.load(p.entries + at + (eighth >> (by - 3)))
+    left = (entry & _MASK) - ((eighth & ((1 << (by - 3)) - 1)) << 3)
+    weight = _log2((((entry >> _COUNT) & 7) + 1).to(gl.float32))
+    within = gl.arange(0, 8, gl.SliceLayout(0, layout))
+    known = gl.expand_dims(within, 0) < gl.expand_dims(left, 1)
+    bias = gl.where(known, gl.expand_dims(weight, 1), float("-inf"))
+    hidden = gl.reshape(apart + gl.expand_dims(bias, 0), [s.shape[0], width])
+    return gl.convert_layout(hidden, s.type.layout)
 
 
 @gluon.jit
