@@ -336,6 +336,7 @@ _CONSTANTS = {
     "STAGES": _STAGES,
     "GROUPS": _GROUPS,
     "ROWS": _ROWS,
+    "AHEAD": False,
 }
 LAUNCH = {"num_warps": 4, "maxnreg": 128}
 TWO = {**_CONSTANTS, "GROUPS": 2, "AHEAD": True}

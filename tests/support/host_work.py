@@ -73,6 +73,8 @@ def main(name):
 
     def run(self, *args, grid, **options):
         launched[self.fn.__name__] += 1
+        missing = set(self.arg_names[len(args) :]) - set(options)
+        assert not missing, f"{self.fn.__name__}: {missing}"
 
     JITFunction.run = run
     launch._DIRECT = False
