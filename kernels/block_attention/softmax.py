@@ -48,29 +48,20 @@ def _is_plain(p, turn):
 def _hide_level(s, p, turn, columns, BOX: gl.constexpr):
     """As `_hide`, where every level has boxes of its own."""
     width: gl.constexpr = s.shape[1]
-    log: gl.constexpr = BOX.bit_length() - 1
-    log_1: gl.constexpr = max(log - 1, 3)
-    log_2: gl.constexpr = max(log - 2, 3)
-    log_3: gl.constexpr = max(log - 3, 3)
-    at = gl.minimum(turn, p.turn_1) * (width >> log)
-    at += gl.maximum(gl.minimum(turn, p.turn_2) - p.turn_1, 0) * (width >> log_1)
-    at += gl.maximum(gl.minimum(turn, p.turn_3) - p.turn_2, 0) * (width >> log_2)
-    at += gl.maximum(turn - p.turn_3, 0) * (width >> log_3)
-    # boxes are powers of two: shifts in place of divisions by what is not known beforehand
-    by = gl.where(turn < p.turn_1, log, gl.where(turn < p.turn_2, log_1, log_2))
-    by = gl.where(turn < p.turn_3, by, log_3)
-    # no box is smaller than 8 rows, so that 8 columns have one entry
-    apart = gl.reshape(s, [s.shape[0], width // 8, 8])
-    layout: gl.constexpr = gl.SliceLayout(0, apart.type.layout)
-    eighth = gl.arange(0, width // 8, gl.SliceLayout(1, layout))
-    entry = gl.load(p.entries + at + (eighth >> (by - 3)))
-    left = (entry & _MASK) - ((eighth & ((1 << (by - 3)) - 1)) << 3)
-    weight = _log2((((entry >> _COUNT) & 7) + 1).to(gl.float32))
-    within = gl.arange(0, 8, gl.SliceLayout(0, layout))
-    known = gl.expand_dims(within, 0) < gl.expand_dims(left, 1)
-    bias = gl.where(known, gl.expand_dims(weight, 1), float("-inf"))
-    hidden = gl.reshape(apart + gl.expand_dims(bias, 0), [s.shape[0], width])
-    return gl.convert_layout(hidden, s.type.layout)
+    box_1: gl.constexpr = BOX // 2 if BOX >= 16 else 8
+    box_2: gl.constexpr = BOX // 4 if BOX >= 32 else 8
+    box_3: gl.constexpr = BOX // 8 if BOX >= 64 else 8
+    at = gl.minimum(turn, p.turn_1) * (width // BOX)
+    at += gl.maximum(gl.minimum(turn, p.turn_2) - p.turn_1, 0) * (width // box_1)
+    at += gl.maximum(gl.minimum(turn, p.turn_3) - p.turn_2, 0) * (width // box_2)
+    at += gl.maximum(turn - p.turn_3, 0) * (width // box_3)
+    box = gl.where(turn < p.turn_1, BOX, gl.where(turn < p.turn_2, box_1, box_2))
+    box = gl.where(turn < p.turn_3, box, box_3)
+    entry = gl.load(p.entries + at + columns // box)
+    known = (columns % box) < (entry & _MASK)
+    pooled = ((entry >> _COUNT) & 7) + 1
+    bias = gl.where(known, _log2(pooled.to(gl.float32)), float("-inf"))
+    return s + gl.expand_dims(bias, 0)
 
 
 @gluon.jit

@@ -92,36 +92,8 @@ def _tell(p, s, turn, first, peak, total):
 
 
 @gluon.jit
-def _logits(p, q_buf, turn, nothing):
-    """Begin the products of a turn."""
+def _consumer(p, group: gl.constexpr, q_buf):
     stages: gl.constexpr = p.k_bufs.shape[0]
-    at = turn % stages
-    mbarrier.wait(p.k_ready.index(at), (turn // stages) & 1)
-    keys = p.k_bufs.index(at).permute((1, 0))
-    return warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _finished(p, s, turn):
-    """The products of a turn, whose keys nobody needs any more."""
-    stages: gl.constexpr = p.k_bufs.shape[0]
-    s = warpgroup_mma_wait(0, deps=(s,))
-    mbarrier.arrive(p.k_free.index(turn % stages), count=1)
-    return s
-
-
-@gluon.jit
-def _masked(p, s, turn, columns):
-    """Logits, but for those of slots without a key."""
-    width: gl.constexpr = p.k_bufs.shape[1]
-    if gl.load(p.plain + turn) == 0:
-        full = gl.load(p.key_token + turn * width + columns) >= 0
-        s = gl.where(gl.expand_dims(full, 0), s, float("-inf"))
-    return s
-
-
-@gluon.jit
-def _consumer(p, group: gl.constexpr, q_buf, AHEAD: gl.constexpr):
     width: gl.constexpr = p.k_bufs.shape[1]
     rows: gl.constexpr = q_buf.shape[0]
     depth: gl.constexpr = q_buf.shape[1]
@@ -142,21 +114,18 @@ def _consumer(p, group: gl.constexpr, q_buf, AHEAD: gl.constexpr):
     columns = gl.arange(0, width, gl.SliceLayout(0, logits))
     peak = gl.full([rows], float("-inf"), gl.float32, row_of)
     total = gl.zeros([rows], gl.float32, row_of)
-    if AHEAD:
-        s = _logits(p, q_buf, 0, nothing)
-        s = _finished(p, s, 0)
-        for i in range(p.turns - 1):
-            s_next = _logits(p, q_buf, i + 1, nothing)
-            s = _masked(p, s, i, columns)
-            peak, total = _tell(p, s, i, first, peak, total)
-            s = _finished(p, s_next, i + 1)
-        s = _masked(p, s, p.turns - 1, columns)
-        peak, total = _tell(p, s, p.turns - 1, first, peak, total)
-    else:
-        for i in range(p.turns):
-            s = _finished(p, _logits(p, q_buf, i, nothing), i)
-            s = _masked(p, s, i, columns)
-            peak, total = _tell(p, s, i, first, peak, total)
+    for i in range(p.turns):
+        plain = gl.load(p.plain + i)
+        at = i % stages
+        mbarrier.wait(p.k_ready.index(at), (i // stages) & 1)
+        keys = p.k_bufs.index(at).permute((1, 0))
+        s = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(p.k_free.index(at), count=1)
+        if plain == 0:
+            full = gl.load(p.key_token + i * width + columns) >= 0
+            s = gl.where(gl.expand_dims(full, 0), s, float("-inf"))
+        peak, total = _tell(p, s, i, first, peak, total)
     own = first + gl.arange(0, rows, row_of)
     gl.store(p.lse + own, gl.log2(total) + peak, mask=own < p.count)
 
@@ -228,7 +197,6 @@ def sums_kernel(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     pair = gl.program_id(1)
     b = ((first_pair + pair) // heads).to(gl.int64)
@@ -267,27 +235,16 @@ def sums_kernel(
             k_ready,
             k_free,
         )
-        if GROUPS == 3:
-            gl.warp_specialize(
-                [
-                    (_consumer, (parts, 0, q_bufs.index(0), AHEAD)),
-                    (_consumer, (parts, 1, q_bufs.index(1), AHEAD)),
-                    (_consumer, (parts, 2, q_bufs.index(2), AHEAD)),
-                    (_producer, (parts, keys, pair * turns * BN)),
-                ],
-                [4, 4, 1],
-                [160, 160, 24],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (_consumer, (parts, 0, q_bufs.index(0), AHEAD)),
-                    (_consumer, (parts, 1, q_bufs.index(1), AHEAD)),
-                    (_producer, (parts, keys, pair * turns * BN)),
-                ],
-                [4, 1],
-                [240, 24],
-            )
+        gl.warp_specialize(
+            [
+                (_consumer, (parts, 0, q_bufs.index(0))),
+                (_consumer, (parts, 1, q_bufs.index(1))),
+                (_consumer, (parts, 2, q_bufs.index(2))),
+                (_producer, (parts, keys, pair * turns * BN)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
 
 
 def sums(probe: Probe) -> None:
@@ -297,7 +254,7 @@ def sums(probe: Probe) -> None:
     described = TensorDescriptor.from_tensor(rows, [TURN, depth], _shared())
     launch(
         sums_kernel,
-        (-(-samples // (_CONSTANTS["GROUPS"] * _ROWS)), probe.pairs),
+        (-(-samples // (_GROUPS * _ROWS)), probe.pairs),
         probe.pointers(described),
         probe.sizes(),
         D=depth,
@@ -336,8 +293,6 @@ _CONSTANTS = {
     "STAGES": _STAGES,
     "GROUPS": _GROUPS,
     "ROWS": _ROWS,
-    "AHEAD": False,
 }
 LAUNCH = {"num_warps": 4, "maxnreg": 128}
-TWO = {**_CONSTANTS, "GROUPS": 2, "AHEAD": True}
 SPECIMENS = [_specimen("bf16", 128), _specimen("fp16", 64)]
