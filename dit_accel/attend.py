@@ -67,7 +67,7 @@ def _within(
                 blocked.q,
                 blocked.k,
                 blocked.v,
-                plan.select,
+                plan.chosen,
                 k_perm=blocked.keys.perm,
                 k_offsets=blocked.keys.offsets,
                 key_valid=blocked.geometry.key_valid,
@@ -249,5 +249,5 @@ def _exact_pairs(blocked: Blocked, plan: Plan | TokenPlan) -> Tensor:
     padded = blocked.geometry.key_valid is not None
     keys = blocked.summary().count if padded else blocked.keys.sizes
     if isinstance(plan, TokenPlan):
-        return pair_count(plan.select, keys).expand(batch, heads)
+        return pair_count(plan.chosen, keys).expand(batch, heads)
     return pair_count(plan.code, keys, blocked.queries.sizes).expand(batch, heads)

@@ -14,7 +14,8 @@ from torch import Tensor
 from dit_accel.errors import InputError
 from dit_accel.kernels.block_summary import block_mean
 from dit_accel.kernels.kmeans import bisected, kmeans
-from dit_accel.kernels.order import label_order, valid_order
+from dit_accel.kernels.label_order import label_order
+from dit_accel.kernels.order import valid_order
 from dit_accel.layout import TEXT_BLOCK, Blocked, default_scale
 from dit_accel.types import Blocks, Context, Geometry
 
@@ -103,9 +104,10 @@ class KMeans:
         )
         if known is None:
             order = bisected(centroids)
-            labels = order.argsort(-1).gather(-1, labels)
+            labels = order.argsort(-1).gather(-1, labels.long())
             centroids = centroids.gather(2, order.unsqueeze(-1).expand_as(centroids))
-        return _blocks(labels, clusters, where), centroids
+        perm, offsets = label_order(labels, clusters, text=(start, stop), text_block=TEXT_BLOCK)
+        return Blocks(perm, offsets, clusters), centroids
 
 
 def _query_means(blocked: Blocked) -> tuple[Tensor, Tensor]:
@@ -123,25 +125,3 @@ def _moved(centroids: Tensor, means: Tensor, count: Tensor) -> Tensor:
     clusters = centroids.shape[2]
     some = (count[..., :clusters] > 0).unsqueeze(-1)
     return torch.where(some, means[:, :, :clusters], centroids)
-
-
-def _blocks(labels: Tensor, clusters: int, where: Geometry) -> Blocks:
-    """Clusters of the video tokens, in the model's order inside each, and then the text.
-
-    Args:
-        labels: int64 ``[B, H, V]``.
-        clusters: how many, empty ones included.
-        where: of what.
-    """
-    batch, heads, _ = labels.shape
-    device = labels.device
-    start, stop = where.text_span
-    cells, bounds = label_order(labels, clusters)
-    tokens = torch.where(cells < start, cells, cells + (stop - start))
-    text = torch.arange(start, stop, device=device).expand(batch, heads, -1)
-    # made where it is used: a copy from the host would wait for the device
-    number = torch.arange(1, -(-(stop - start) // TEXT_BLOCK) + 1, device=device)
-    ends = (number * TEXT_BLOCK).clamp(max=stop - start) + labels.shape[-1]
-    ends = ends.to(torch.int32).expand(batch, heads, -1)
-    offsets = torch.cat([bounds, ends], -1)
-    return Blocks(torch.cat([tokens, text], -1), offsets, clusters)

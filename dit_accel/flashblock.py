@@ -47,7 +47,7 @@ class Frozen:
     @property
     def bytes(self) -> int:
         """What it takes beside the partial; orders that all heads share are not the layer's own."""
-        plan = self.plan.select if isinstance(self.plan, TokenPlan) else self.plan.code
+        plan = self.plan.stored if isinstance(self.plan, TokenPlan) else self.plan.code
         tensors = {id(plan): plan}
         for blocks in (self.queries, self.keys):
             if blocks.perm.shape[1] > 1:
@@ -292,7 +292,7 @@ def complement(plan: Plan | TokenPlan) -> Plan | TokenPlan:
         InputError: the plan has pooled levels.
     """
     if isinstance(plan, TokenPlan):
-        return TokenPlan(~plan.select)
+        return plan.complement()
     if plan.levels:
         raise InputError(f"flashblock: {_POOLS}")
     return Plan(torch.where(plan.code == EXACT, DROP, EXACT).to(torch.int8))

@@ -12,6 +12,7 @@ from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.packed import remembered
 from dit_accel.kernels.token_select import token_select
+from dit_accel.kernels.words import Words
 from dit_accel.layout import Blocked, Statistic
 from dit_accel.types import Context, TokenPlan
 
@@ -66,8 +67,9 @@ class Gate:
         blocks, columns = blocked.keys, blocked.keys.num_video
         threshold = share_at(*self.budget, ctx)
         if threshold == 1 or columns == 0:
-            shape = (*blocked.q.shape[:3], blocks.num_blocks)
-            return TokenPlan(torch.ones(shape, dtype=torch.bool, device=blocked.q.device))
+            batch, heads, length, _ = blocked.q.shape
+            shape = (batch, heads, length, blocks.num_blocks)
+            return TokenPlan(Words.full(shape, blocked.q.device))
         summary = blocked.summary()
 
         def own() -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.kernels.packed import remembered
+from dit_accel.kernels.words import Words
 from dit_accel.state import State
 
 DROP: Final = 0
@@ -173,11 +174,26 @@ class TokenPlan:
     """What becomes of each pair of a query *token* and a key block.
 
     Attributes:
-        select: bool ``[B|1, H|1, L, Nk]``; query tokens in the model's order. ``True`` is exact,
-            ``False`` is left to the method's rest.
+        chosen: bool ``[B|1, H|1, L, Nk]``, or as much in `Words`; query tokens in the model's
+            order. ``True`` is exact, ``False`` is left to the method's rest.
     """
 
-    select: Tensor
+    chosen: Tensor | Words
+
+    @property
+    def select(self) -> Tensor:
+        """bool ``[B|1, H|1, L, Nk]``; unpacked anew wherever it is asked for."""
+        return self.chosen.select() if isinstance(self.chosen, Words) else self.chosen
+
+    @property
+    def stored(self) -> Tensor:
+        """What is kept of it."""
+        return self.chosen.word if isinstance(self.chosen, Words) else self.chosen
+
+    def complement(self) -> TokenPlan:
+        """The pairs that are left."""
+        chosen = self.chosen
+        return TokenPlan(chosen.complement() if isinstance(chosen, Words) else ~chosen)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 from dit_accel import crossover, presets
 from dit_accel.eval.kernel_cases import Shape, inputs
 from dit_accel.eval.records import signed
+from dit_accel.kernels.atomic import write_text
 from dit_accel.method import Method
 from dit_accel.state import State
 from dit_accel.types import Context, Geometry
@@ -259,10 +260,7 @@ def write(made: Mapping[str, Any], path: Path) -> None:
         lines.append(
             f' "{architecture}": {{\n  "measured": {about},\n  "rows": [\n   {each}\n  ]\n }}'
         )
-    # whole or not at all: it holds figures of other runs
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    part.replace(path)
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -27,13 +27,23 @@ import torch
 from dit_accel.eval.kernel_cases import CASES, SHAPES, STRENGTHS, Case, Shape, inputs
 from dit_accel.eval.kernel_checks import CHECKS
 from dit_accel.eval.memory_cases import MEMORY_CASES, MEMORY_CHECKS
-from dit_accel.eval.method_cases import check_methods, method_cases
+from dit_accel.eval.method_cases import (
+    check_head_groups,
+    check_methods,
+    head_group_cases,
+    method_cases,
+)
 from dit_accel.eval.peak_memory import cuda_peak
 from dit_accel.eval.records import dumps, signed
 from dit_accel.eval.text_table import aligned
 
-ALL_CASES = {**CASES, **MEMORY_CASES, "methods": method_cases}
-ALL_CHECKS = {**CHECKS, **MEMORY_CHECKS, "methods": check_methods}
+ALL_CASES = {
+    **CASES,
+    **MEMORY_CASES,
+    "methods": method_cases,
+    "head_groups": head_group_cases,
+}
+ALL_CHECKS = {**CHECKS, **MEMORY_CHECKS, "methods": check_methods, "head_groups": check_head_groups}
 """Operations, and whole calls of methods."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -24,11 +24,13 @@ from dit_accel.eval.measure import use_backend
 from dit_accel.eval.pipeline_models import Layers, Spec
 from dit_accel.eval.pipeline_parts import PARTS, divided, seconds_by_part
 from dit_accel.eval.pipeline_steps import Plan, check_extrapolation, plan
+from dit_accel.eval.pipeline_totals import DENSE, extrapolated, means, reduced
 from dit_accel.method import Method
 from dit_accel.pipelines import accelerate, restore, session_of
 from dit_accel.recorder import Stamp, Watch
 
-DENSE = "dense"
+_WARM = 3
+"""Layers of a kind on which kernels are compiled; methods treat no more of them differently."""
 BACKENDS = {"cudnn": "_native_cudnn", "flash": "_native_flash", "sdpa": None}
 """Who computes dense attention, and cross-attention, and what diffusers calls that."""
 
@@ -129,8 +131,8 @@ def run(
         }
         found["models"][name] = entry
         if layers is not None:
-            entry["runs"] = [_run(spec, counts, one, say) for counts in _reduced(spec, layers)]
-            entry["extrapolated"] = _extrapolated(spec, entry["runs"], layers)
+            entry["runs"] = [_run(spec, counts, one, say) for counts in reduced(spec, layers)]
+            entry["extrapolated"] = extrapolated(spec, entry["runs"], layers)
         if whole:
             entry["whole"] = _run(spec, spec.layers, one, say)
     return found
@@ -186,6 +188,7 @@ def full(method: Method) -> Method:
         "ratios": (1.0, 1.0, 1.0, 1.0),
         "dense_steps": 0,
         "dense_layers": (),
+        "dense_below": 0,
     }
     known = method.options
     return presets.build(
@@ -232,20 +235,27 @@ def check(spec: Spec, method: Method, dtype: torch.dtype, device: str) -> None:
 
 def _run(spec: Spec, layers: Layers, asked: Asked, say: Callable[[str], None]) -> dict[str, Any]:
     """One number of layers: every method in turn with dense attention."""
-    model = pipeline_models.build(spec, layers, asked.dtype, asked.device, asked.seed)
+    inputs = spec.inputs(spec, asked.batch, asked.dtype, asked.device)
+    plans = {DENSE: Plan(((0, DENSE),), {DENSE: asked.num_steps})}
+    plans |= {
+        name: plan(method, asked.num_steps, asked.each) for name, method in asked.methods.items()
+    }
+    times = {name: _Times(one) for name, one in plans.items()}
+    few = {kind: min(count, _WARM) for kind, count in layers.items()}
+    model = pipeline_models.build(spec, few, asked.dtype, asked.device, asked.seed)
     try:
         use_backend([model], BACKENDS[asked.backend])
-        inputs = spec.inputs(spec, asked.batch, asked.dtype, asked.device)
-        plans = {DENSE: Plan(((0, DENSE),), {DENSE: asked.num_steps})}
-        plans |= {
-            name: plan(method, asked.num_steps, asked.each)
-            for name, method in asked.methods.items()
-        }
-        times = {name: _Times(one) for name, one in plans.items()}
-        for turn in range(-1, asked.repeats):  # the first one compiles, and is not counted
+        for name, of in times.items():  # compiles, and is not counted
+            _turn(model, inputs, name, of, asked, count=False)
+        if few != layers:
+            restore(model)
+            model = None  # before there is another
+            model = pipeline_models.build(spec, layers, asked.dtype, asked.device, asked.seed)
+            use_backend([model], BACKENDS[asked.backend])
+        for turn in range(asked.repeats):
             for name, of in times.items():
-                _turn(model, inputs, name, of, asked, count=turn >= 0)
-            for of in times.values() if turn >= 0 else ():
+                _turn(model, inputs, name, of, asked, count=True)
+            for of in times.values():
                 for kind, listed in of.turns.items():
                     dense = times[DENSE].turns[DENSE][turn]
                     of.ratios.setdefault(kind, []).append(dense / listed[turn])
@@ -258,7 +268,8 @@ def _run(spec: Spec, layers: Layers, asked: Asked, say: Callable[[str], None]) -
             "methods": {name: _told(of, asked, spec) for name, of in times.items()},
         }
     finally:
-        restore(model)
+        if model is not None:
+            restore(model)
         del model
         gc.collect()
         if asked.device == "cuda":
@@ -292,9 +303,9 @@ def _turn(
             out = model(**inputs)[0]
             stamps.append((kind, start, watch.now()))
     watch.wait()
+    if not bool(out.isfinite().all()):
+        raise IncorrectError(f"{name}: expected finite output, got NaN or inf")
     if not count:
-        if not bool(out.isfinite().all()):
-            raise IncorrectError(f"{name}: expected finite output, got NaN or inf")
         return
     found: dict[str, list[float]] = {}
     for kind, start, stop in stamps:
@@ -337,62 +348,4 @@ def _told(of: _Times, asked: Asked, spec: Spec) -> dict[str, Any]:
         if kind in of.parts:
             parts = {part: median(one[part] for one in of.parts[kind]) for part in PARTS}
             kinds[kind] |= {"parts": parts, "remainder_ms": took - sum(parts.values())}
-    return {"kinds": kinds, **_means(kinds, spec), "peak_bytes": of.peak}
-
-
-def _means(kinds: Mapping[str, Any], spec: Spec) -> dict[str, float]:
-    total = sum(kind["count"] for kind in kinds.values())
-    mean = sum(kind["count"] * kind["ms"] for kind in kinds.values()) / total
-    return {"mean_ms": mean, "step_ms": mean * spec.forwards}
-
-
-# -- how long would all of it take ----------------------------------------------------------------
-
-
-def _reduced(spec: Spec, layers: tuple[int, int]) -> list[dict[str, int]]:
-    """Few of every kind, and then more of each kind in turn."""
-    few = dict.fromkeys(spec.layers, layers[0])
-    return [few, *({**few, kind: layers[1]} for kind in spec.layers)]
-
-
-def _extrapolated(
-    spec: Spec, runs: Sequence[Mapping[str, Any]], layers: tuple[int, int]
-) -> dict[str, Any]:
-    """Times of the real number of layers: what lies outside of them once, and each as often as
-    there are."""
-    few, *more = runs
-    methods: dict[str, Any] = {}
-    for name, method in few["methods"].items():
-        kinds: dict[str, Any] = {}
-        for kind, base in method["kinds"].items():
-
-            def all_of(
-                of: Callable[[Any], float], name: str = name, kind: str = kind
-            ) -> tuple[float, dict[str, float]]:
-                first = of(few["methods"][name]["kinds"][kind])
-                slopes = {}
-                for which, run in zip(spec.layers, more, strict=True):
-                    then = of(run["methods"][name]["kinds"][kind])
-                    slopes[which] = (then - first) / (layers[1] - layers[0])
-                beyond = (slopes[which] * (n - layers[0]) for which, n in spec.layers.items())
-                return first + sum(beyond), slopes
-
-            took, slopes = all_of(lambda kind: kind["ms"])
-            kinds[kind] = {
-                "count": base["count"],
-                "ms": took,
-                "layer_ms": slopes,
-                "density": more[0]["methods"][name]["kinds"][kind]["density"],
-            }
-            if "parts" in base:
-                parts = {
-                    part: all_of(lambda kind, part=part: kind["parts"][part])[0]  # type: ignore[misc]
-                    for part in PARTS
-                }
-                kinds[kind] |= {"parts": parts, "remainder_ms": took - sum(parts.values())}
-        methods[name] = {"kinds": kinds, **_means(kinds, spec)}
-    dense = methods[DENSE]["kinds"][DENSE]["ms"]
-    for method in methods.values():
-        for one in method["kinds"].values():
-            one["ratio"] = dense / one["ms"]
-    return {"layers": dict(spec.layers), "from": list(layers), "methods": methods}
+    return {"kinds": kinds, **means(kinds, spec), "peak_bytes": of.peak}

@@ -12,6 +12,7 @@ from dit_accel import components, presets
 from dit_accel.combinations import RESTS, table
 from dit_accel.errors import InputError
 from dit_accel.eval.samples import Settings
+from dit_accel.eval.variants import options_for
 from dit_accel.method import Method
 from dit_accel.options import closest
 from dit_accel.pipelines import embedded
@@ -122,9 +123,7 @@ def _of_preset(
     name: str, densities: tuple[float, ...], model: str | None, given: Mapping[str, Any]
 ) -> list[Candidate]:
     known = presets.get(name).accepts(given)
-    chosen = embedded.options_for(
-        model, name, {key: value for key, value in given.items() if key in known}
-    )
+    chosen = options_for(model, name, {key: value for key, value in given.items() if key in known})
     if name == "dense":
         raise InputError("methods: expected sparse methods, got dense, which is the reference")
     if "density" not in known:

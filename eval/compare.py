@@ -22,7 +22,7 @@ from dit_accel.eval.figures import Figure, Measure, Summary, VariantSummary
 from dit_accel.eval.metrics import bootstrap
 from dit_accel.eval.samples import Key, Run
 from dit_accel.eval.store import Store, differences
-from dit_accel.eval.summary import by_prompt, summarise
+from dit_accel.eval.summary import by_prompt, figure_of, summarise
 
 ERROR_RATE: Final = 0.05
 FEWEST: Final = 6
@@ -36,11 +36,13 @@ class Change:
 
     Attributes:
         variant, measure: what.
-        before, after: figures of the two runs, over all of their samples.
+        before, after: figures of the two runs, over the samples that both have; of a distribution
+            over all of them.
         difference: mean of after less before over the shared prompts; of a distribution, of the
             values. ``None`` where it is not a number.
         low, high: 95% interval of the difference.
-        p, q: of the test, and adjusted for all tests; ``None`` for a distribution.
+        p, q: of the test, and adjusted for all tests; ``None`` for a distribution, and where no
+            prompt differs.
         count: shared prompts.
         verdict: ``better`` and ``worse`` by the measure's sense, ``changed`` where it has none,
             ``same`` if nothing is beyond noise.
@@ -99,15 +101,32 @@ def compare(before: Path | str, after: Path | str) -> Comparison:
         for name in names
         for change in _changes(first.variant(name), second.variant(name), first.measures, shared)
     ]
+    adjusted = tuple(_adjusted(changes, first.measures))
     return Comparison(
         str(before),
         str(after),
         tuple(differences(old, new)),
-        tuple(_adjusted(changes, first.measures)),
+        adjusted,
         tuple(v.slug for v in first.variants if v.slug not in names),
         tuple(v.slug for v in second.variants if v.slug not in names),
-        _notes(old, new, stores),
+        (*_power(adjusted), *_notes(old, new, stores)),
     )
+
+
+def _power(changes: Iterable[Change]) -> Iterable[str]:
+    """Whether so few prompts can tell a change at all, among so many tests."""
+    tested = [change.count for change in changes if change.p is not None]
+    if not tested:
+        return
+    count, least = min(tested), ERROR_RATE / len(tested)
+    rarest = bootstrap.rarest_sign_flip_p(count)
+    if rarest >= least:
+        alone = math.floor(math.log2(2 / least)) + 1
+        yield (
+            f"{count} shared prompts are few for {len(tested)} tests: a change on every prompt is "
+            f"told if {math.ceil(rarest / least)} figures have one, and {alone} prompts would "
+            "tell a single one."
+        )
 
 
 def _summary(store: Store) -> Summary:
@@ -150,21 +169,30 @@ def _changes(
             if sample in shared and sample in new.each[name]
         }
         if pairs:
-            yield _of_pairs(old.slug, name, before, after, pairs, shared)
+            lone = len(old.each[name]) - len(pairs), len(new.each[name]) - len(pairs)
+            yield _of_pairs(old.slug, name, (before, after), lone, pairs, shared)
 
 
 def _of_pairs(
     slug: str,
     name: str,
-    before: Figure,
-    after: Figure,
+    figures: tuple[Figure, Figure],
+    lone: tuple[int, int],
     pairs: Mapping[str, tuple[float, float]],
     shared: Mapping[str, int],
 ) -> Change:
+    each = list(enumerate(pairs.items()))
+    before, after = (
+        # of shared samples alone, so that they differ by what is told
+        figure_of(name, {Key(slug, shared[at], i): pair[side] for i, (at, pair) in each})
+        if lone[side]
+        else figures[side]
+        for side in range(2)
+    )
     apart = {
         # equal infinities, of clips that are dense in both runs, do not differ
         Key(slug, shared[sample], i): 0.0 if a == b else b - a
-        for i, (sample, (a, b)) in enumerate(pairs.items())
+        for i, (sample, (a, b)) in each
     }
     means = list(by_prompt(apart).values())
     mean = sum(means) / len(means)
@@ -173,6 +201,8 @@ def _of_pairs(
         return Change(
             slug, name, before, after, told, None, None, None, None, len(means), "too few"
         )
+    if not any(means):  # nothing to test
+        return Change(slug, name, before, after, 0.0, 0.0, 0.0, None, None, len(means), "same")
     low, high = bootstrap.interval(means) or (None, None)
     p = bootstrap.sign_flip_p(means)
     return Change(slug, name, before, after, mean, low, high, p, None, len(means), "same")
@@ -250,7 +280,7 @@ def table(comparison: Comparison, measures: Mapping[str, Measure], *, every: boo
         measure = measures[change.measure]
         difference: Any = "n/a"
         if change.difference is not None:
-            difference = export.told(Figure(change.difference, change.low, change.high, 0), ".4g")
+            difference = export.told(Figure(change.difference, change.low, change.high, 0), "+.3g")
         made.add_row(
             change.variant,
             measure.title + (f" ({measure.unit})" if measure.unit else ""),

@@ -19,9 +19,11 @@ from dit_accel.kernels.block_importance import block_importance
 from dit_accel.kernels.dense_attention import dense_attention, why_not
 from dit_accel.kernels.error_probe import error_probe
 from dit_accel.kernels.kmeans import kmeans
-from dit_accel.kernels.order import label_order
+from dit_accel.kernels.label_order import label_order
+from dit_accel.kernels.pair_count import pair_count
 from dit_accel.kernels.token_attention import token_attention
 from dit_accel.kernels.token_select import token_select
+from dit_accel.kernels.words import Words
 from dit_accel.layout import Blocked, Cyclic, Gilbert, Layout
 from dit_accel.pyramid import Pyramid
 from dit_accel.rest import Centroid, Drop
@@ -252,7 +254,7 @@ def token_select_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case
 
         def call(
             blocked: Blocked = blocked, mean: Tensor = mean, own: Tensor = own, full: Tensor = full
-        ) -> Tensor:
+        ) -> Words:
             return token_select(
                 blocked.q,
                 mean,
@@ -267,7 +269,7 @@ def token_select_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case
             f"{name}, N={mean.shape[2]}",
             call,
             2 * shape.head_dim * pairs,
-            _size(blocked.q) + pairs,
+            _size(blocked.q) + pairs / 8,
         )
 
 
@@ -292,13 +294,13 @@ def token_attention_settings(shape: Shape, parts: tuple[Tensor, ...]) -> Iterato
         if name == "time":
             continue
         blocked = _blocked(shape, layout, parts, layer)
-        select = Gate()(blocked, Drop(), shape.context).select
+        select = Gate()(blocked, Drop(), shape.context).chosen
         pairs = _exact_pairs(select, blocked)
         for setting in _SETTINGS:
 
             def call(
                 blocked: Blocked = blocked,
-                select: Tensor = select,
+                select: Tensor | Words = select,
                 setting: dict[str, Any] = setting,
             ) -> Any:
                 return triton.token_attention(
@@ -318,24 +320,23 @@ def token_attention_settings(shape: Shape, parts: tuple[Tensor, ...]) -> Iterato
             yield Case(f"{name}: {label}", call, 4 * shape.head_dim * pairs, _size(*parts))
 
 
-def _exact_pairs(select: Tensor, blocked: Blocked) -> float:
-    sizes = blocked.keys.sizes[0, 0].double()
-    return sum(float((head.sum(0) * sizes).sum()) for head in select[0])
+def _exact_pairs(select: Tensor | Words, blocked: Blocked) -> float:
+    return float(pair_count(select, blocked.keys.sizes)[0].sum())
 
 
 def token_attention_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
     """What the gate selects at the paper's threshold, and as much drawn at random."""
     for name, layout, layer in _token_layouts(shape):
         blocked = _blocked(shape, layout, parts, layer)
-        chosen = Gate()(blocked, Drop(), shape.context).select
-        plans = [(name, chosen)]
+        chosen = Gate()(blocked, Drop(), shape.context).chosen
+        plans: list[tuple[str, Tensor | Words]] = [(name, chosen)]
         if name == "96 blocks":
-            drawn = torch.rand(chosen.shape[2:], device=chosen.device) < 0.25
-            plans.append((f"{name} at random", drawn.expand(1, shape.heads, -1, -1)))
+            drawn = torch.rand(chosen.shape[2:], device=blocked.q.device) < 0.25
+            plans.append((f"{name} at random", Words.of(drawn[None, None])))
         for label, select in plans:
             pairs = _exact_pairs(select, blocked)
 
-            def call(blocked: Blocked = blocked, select: Tensor = select) -> Any:
+            def call(blocked: Blocked = blocked, select: Tensor | Words = select) -> Any:
                 return token_attention(
                     blocked.q,
                     blocked.k,
@@ -350,7 +351,7 @@ def token_attention_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[C
                 f"{label}, N={select.shape[3]}",
                 call,
                 4 * shape.head_dim * pairs,
-                _size(*parts[:3], parts[0]) + select.numel(),
+                _size(*parts[:3], parts[0]) + math.prod(select.shape) / 8,
                 note=f"density {density:.3f}",
             )
 

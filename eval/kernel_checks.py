@@ -89,7 +89,7 @@ def check_kmeans(dtype: torch.dtype, depth: int, device: str) -> None:
                 raise IncorrectError(f"kmeans {backend}: expected the same result twice")
             counts = torch.ones_like(p.valid) if valid is None else valid
             rows = p.q.double()
-            member = F.one_hot(before, 37).double() * counts[:, None, :, None]
+            member = F.one_hot(before.long(), 37).double() * counts[:, None, :, None]
             number = member.sum(2).unsqueeze(-1)
             mean = member.mT @ rows / number.clamp(min=1)
             mean = torch.where(number > 0, mean, centroids.double())
@@ -128,15 +128,19 @@ def check_gate(dtype: torch.dtype, depth: int, device: str) -> None:
             "threshold": 0.25,
             "mode": mode,
         }
-        got = token_select(p.q, mean, own, full, **options)
-        exact = token_select(p.q.double(), mean.double(), own, full, backend="reference", **options)
+        got = token_select(p.q, mean, own, full, **options).select()
+        exact = token_select(
+            p.q.double(), mean.double(), own, full, backend="reference", **options
+        ).select()
         differs = got != exact
         if int(differs.sum()) > 2 * 6:
             raise IncorrectError(f"gate: expected fp64's choice, got {int(differs.sum())} others")
-        whole = token_select(p.q.round(), mean.round(), own, full, **options) == token_select(
-            p.q.round().double(), mean.round().double(), own, full, backend="reference", **options
-        )
-        if not bool(whole.all()):
+        whole, means = p.q.round(), mean.round()
+        got = token_select(whole, means, own, full, **options).select()
+        exact = token_select(
+            whole.double(), means.double(), own, full, backend="reference", **options
+        ).select()
+        if not torch.equal(got, exact):
             raise IncorrectError("gate: expected the first among equals to be selected")
 
 

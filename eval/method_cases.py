@@ -4,13 +4,14 @@ restored, and what is kept from the step before where a method keeps something."
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from dit_accel import presets
 from dit_accel.eval.kernel_cases import Case, Shape, inputs
+from dit_accel.kernels.block_attention import groups
 from dit_accel.kernels.dense_attention import dense_attention
 from dit_accel.method import Method
 from dit_accel.pyramid import pooled_pairs
@@ -73,6 +74,44 @@ def method_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
             )
 
 
+def head_group_cases(shape: Shape, parts: tuple[Tensor, ...]) -> Iterator[Case]:
+    """``pisa`` as it runs, some heads at a time where their copies take much memory, and with all
+    heads at once."""
+    q, k, v = parts
+    method, now = presets.pisa(density=0.15), Context(shape.context.geometry, state=State())
+    pairs = 4.0 * q.shape[1] * q.shape[2] ** 2 * q.shape[3]
+
+    def call(most: float) -> Tensor:
+        before, groups.COPY_BYTES = groups.COPY_BYTES, most
+        try:
+            return method(q, k, v, now)[0]
+        finally:
+            groups.COPY_BYTES = before
+
+    usual = groups.COPY_BYTES
+    count = sum(1 for _ in groups.groups_of(k))
+    wanted, got = call(usual), call(math.inf)
+    same = "the same bits" if torch.equal(wanted, got) else "other bits"
+    density = method(q, k, v, now)[1].density
+    del wanted, got
+    for name, most, note in (
+        (f"groups of heads: {count}", usual, ""),
+        ("all heads at once", math.inf, same),
+    ):
+        yield Case(
+            name,
+            lambda most=most: call(most),  # type: ignore[misc]
+            pairs * density,
+            4.0 * q.numel() * q.element_size(),
+            note,
+        )
+
+
+def check_head_groups(dtype: torch.dtype, depth: int, device: str) -> None:
+    """`check_methods` of what `head_group_cases` times."""
+    check_methods(dtype, depth, device, ("pisa",))
+
+
 def _work(method: Method, parts: tuple[Tensor, ...], ctx: Context) -> str:
     """Keys and means that queries meet, over what dense attention computes."""
     q, k, v = parts
@@ -82,9 +121,11 @@ def _work(method: Method, parts: tuple[Tensor, ...], ctx: Context) -> str:
     return f", with means {float(pairs.sum() / trace.report.all_pairs.sum()):.3f}"
 
 
-def check_methods(dtype: torch.dtype, depth: int, device: str) -> None:
+def check_methods(
+    dtype: torch.dtype, depth: int, device: str, names: Collection[str] | None = None
+) -> None:
     """At full density every method is dense attention, within twice the error of dense attention
-    in this dtype, on ragged blocks beside text and padding.
+    in this dtype, on ragged blocks beside text and padding; all of them, or some.
 
     Raises:
         AssertionError: one is not.
@@ -99,6 +140,8 @@ def check_methods(dtype: torch.dtype, depth: int, device: str) -> None:
     low = dense_attention(q, k, v, key_valid=valid)
     bound = 2 * float((low - exact).abs().max()) + 4 * torch.finfo(dtype).eps
     for name, make in _FULL.items():
+        if names is not None and name not in names:
+            continue
         for layer in _LAYERS.get(name, (0,)):
             out, _ = make()(q, k, v, Context(where, layer=layer, state=State()))
             worst = float((out - exact).abs().max())

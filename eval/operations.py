@@ -176,7 +176,7 @@ def _count_rest(rest: Rest | None, call: Trace, tally: Tally) -> None:
         if isinstance(rest, Drop):
             return
         full = (_valid_sizes(blocked) > 0).unsqueeze(-2)
-        pairs = (~plan.select & full).expand(batch, count, -1, -1).sum()
+        pairs = (plan.complement().select & full).expand(batch, count, -1, -1).sum()
     else:
         sizes = blocked.queries.sizes.long().expand(batch, count, -1)
         code = plan.code.expand(batch, count, -1, -1)

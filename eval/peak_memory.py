@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,40 @@ _RUN = (
 )
 
 
-def in_new_process(module: str, function: str, *arguments: Any) -> Any:
+def in_new_process(
+    module: str,
+    function: str,
+    *arguments: Any,
+    environment: Mapping[str, str] | None = None,
+    seconds: float | None = None,
+) -> Any:
     """Call a function in a process of its own; arguments and result are plain JSON.
 
     There, glibc is told to map every tensor by itself, so that memory that is freed goes back at
     once, and is neither counted as still there nor handed out again unseen.
 
+    Args:
+        module, function, arguments: what is called.
+        environment: variables beside those of this process.
+        seconds: how long it may take.
+
     Raises:
-        RuntimeError: the process failed.
+        RuntimeError: the process failed, or took longer.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, module, function, json.dumps(arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
-    )
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _RUN, module, function, json.dumps(arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **malloc, **(environment or {})},
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"the process that measures took more than {seconds} s") from None
     if done.returncode:
-        raise RuntimeError(f"the process that measures memory failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"the process that measures failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

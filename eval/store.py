@@ -20,6 +20,7 @@ may therefore be killed at any moment; what `Store.finished` lists is whole.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 import time
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from dit_accel.errors import InputError
 from dit_accel.eval import records
-from dit_accel.eval.samples import SCHEMA, Failure, Key, Run, Sample, Settings
+from dit_accel.eval.samples import SCHEMA, Failure, Key, Run, Sample, Settings, Variant
 from dit_accel.pipelines import media
 
 T = TypeVar("T")
@@ -250,7 +251,11 @@ def differences(known: Run, mine: Run) -> Iterator[str]:
     for entry in fields(Settings):
         theirs, ours = getattr(known.settings, entry.name), getattr(mine.settings, entry.name)
         # as they are after a trip through JSON
-        if records.dumps(theirs) != records.dumps(ours):
+        if records.dumps(theirs) == records.dumps(ours):
+            continue
+        if entry.name == "variants":
+            yield from _told_variants(theirs, ours)
+        else:
             yield _told(entry.name, theirs, ours)
     for name in ("dit_accel", "torch", "diffusers"):
         if known.versions.get(name) != mine.versions.get(name):
@@ -263,15 +268,41 @@ def differences(known: Run, mine: Run) -> Iterator[str]:
 
 
 def _told(name: str, theirs: Any, ours: Any) -> str:
-    if name in ("variants", "prompts"):
-        label = (lambda item: item.slug) if name == "variants" else (lambda item: item.text)
-        old, new = [label(item) for item in theirs], [label(item) for item in ours]
-        if old == new:
-            return f"{name}: other details of the same names"
-        if name == "variants":
-            return f"variants {', '.join(old)} -> {', '.join(new)}"
-        return f"prompts: {len(old)} -> {len(new)}" if len(old) != len(new) else "other prompts"
+    if name == "prompts":
+        same = [item.text for item in theirs] == [item.text for item in ours]
+        told = f"{len(theirs)} -> {len(ours)}" if len(theirs) != len(ours) else "other ones"
+        return f"prompts: {'other details of the same texts' if same else told}"
     return f"{name} {theirs} -> {ours}"
+
+
+def _told_variants(theirs: Sequence[Variant], ours: Sequence[Variant]) -> Iterator[str]:
+    """Which are gone and new, and what has changed of the others; what several share, once."""
+    old, new = ({one.slug: one for one in listed} for listed in (theirs, ours))
+    for word, names in (("without", old.keys() - new.keys()), ("with", new.keys() - old.keys())):
+        if names:
+            yield f"{word} {', '.join(sorted(names))}"
+    shared = [slug for slug in old if slug in new]
+    if shared != [slug for slug in new if slug in old]:
+        yield "variants in another order"
+    changed: dict[str, list[str]] = {}
+    for slug in shared:
+        before, after = (_plain(one[slug]) for one in (old, new))
+        told = [
+            f"{name} {before.get(name)} -> {after.get(name)}"
+            for name in dict.fromkeys([*before, *after])
+            if before.get(name) != after.get(name)
+        ]
+        if told:
+            changed.setdefault(", ".join(told), []).append(slug)
+    yield from (f"{', '.join(slugs)}: {told}" for told, slugs in changed.items())
+
+
+def _plain(variant: Variant) -> dict[str, Any]:
+    """What a variant is made of, one level deep; an option that was given stands for itself."""
+    made = {"method": variant.method, "role": variant.role, "backend": variant.backend}
+    # as they are after a trip through JSON
+    options = json.loads(records.dumps({**variant.options, **variant.given}))
+    return {**made, **options}
 
 
 def stack_steps(steps: Sequence[Tensor]) -> Tensor | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from dit_accel.eval import real
 from dit_accel.eval.features.extractor import Extractor, extractor_of
 from dit_accel.eval.figures import MEASURES, Figure, Summary, VariantSummary
-from dit_accel.eval.metrics import bootstrap, distribution, fidelity, semantic, speed, vbench
+from dit_accel.eval.looks import Choices, Features, Look, Notes, Progress, look
+from dit_accel.eval.metrics import bootstrap, distribution, semantic, speed, vbench
 from dit_accel.eval.samples import DENSE, Key, Sample, Settings, Variant
 from dit_accel.eval.store import Store
 from dit_accel.pipelines import embedded
@@ -26,46 +26,12 @@ _REFERENCE = "it is the reference itself"
 _NO_SAMPLE = "there is no sample of it"
 _NO_DENSE = "there is no dense sample beside it"
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What the figures are made with, beside the samples.
-
-    Attributes:
-        features: the feature network; see `dit_accel.eval.features.extractor.extractor_of`.
-        real: a folder of real clips or images; ``None`` draws procedural ones for an embedded
-            model, and leaves FID and KID to real clips out for others.
-    """
-
-    features: str = "auto"
-    real: Path | None = None
-
-
-class _Notes:
-    """Values of one variant by measure and sample, and reasons where there are none."""
-
-    def __init__(self) -> None:
-        self.each: dict[str, dict[Key, float]] = {}
-        self.absent: dict[str, str] = {}
-        self.frames: dict[str, list[list[float]]] = {}
-
-    def add(self, name: str, key: Key, value: float) -> None:
-        self.each.setdefault(name, {})[key] = value
-
-    def add_frames(self, name: str, key: Key, values: list[float]) -> None:
-        """The mean over the frames, and each of them."""
-        self.add(name, key, sum(values) / len(values))
-        self.frames.setdefault(name, []).append(values)
-
-    def lack(self, names: Iterable[str], reason: str) -> None:
-        for name in names:
-            self.absent.setdefault(name, reason)
-
 
 def summarise(
-    store: Store, choices: Choices = Choices(), progress: Progress | None = None
+    store: Store,
+    choices: Choices = Choices(),
+    progress: Progress | None = None,
+    jobs: int = 1,
 ) -> Summary:
     """The figures of the samples that are there.
 
@@ -73,32 +39,18 @@ def summarise(
         store: of a run, finished or not.
         choices: see there.
         progress: called with how many samples have been looked at, and of how many.
+        jobs: processes that share the prompts.
 
     Raises:
         InputError: there is no run, or a choice does not fit.
     """
     settings = store.run().settings
     extractor = extractor_of(choices.features, settings.model)
-    lpips = fidelity.lpips()
     there = store.finished()
     keys = [key for key in settings.every_key() if key in there]
     samples = {key: store.sample(key) for key in keys}
-    noted = {variant.slug: _Notes() for variant in settings.variants}
-    features: dict[str, dict[Key, Tensor]] = {slug: {} for slug in noted}
-    dense: tuple[Key, Tensor, Tensor] | None = None
-    # every_key goes prompt by prompt, dense first
-    for done, key in enumerate(keys):
-        frames, latents = store.frames(key), store.latents(key)["final"]
-        notes = noted[key.variant]
-        if key.variant == DENSE:
-            dense = key, frames, latents
-        elif dense is not None and (dense[0].prompt, dense[0].seed) == (key.prompt, key.seed):
-            _fidelity(notes, key, frames, latents, dense[1], dense[2], lpips)
-        _alone(notes, key, frames, samples[key])
-        if isinstance(extractor, Extractor):
-            features[key.variant][key] = extractor.features(frames)
-        if progress is not None:
-            progress(done + 1, len(keys))
+    seen = look(store, choices, keys, progress, jobs)
+    noted = seen.notes
     references = {key: sample for key, sample in samples.items() if key.variant == DENSE}
     for slug, notes in noted.items():
         mine = [sample for key, sample in samples.items() if key.variant == slug]
@@ -106,12 +58,10 @@ def summarise(
             for key, value in values.items():
                 notes.add(name, key, value)
         notes.lack(("spatial_relation",), semantic.why_no_relation(settings.model))
-        if isinstance(lpips, str):
-            notes.lack(("lpips",), lpips)
         if slug == DENSE:
             notes.lack((*FIDELITY, "fid_dense", "kid_dense"), _REFERENCE)
     _weights(store, settings, noted, samples)
-    distances = _distances(settings, choices, extractor, features, noted)
+    distances = _distances(settings, choices, extractor, seen)
     failed = store.failures()
     variants = tuple(
         _variant(
@@ -127,51 +77,12 @@ def summarise(
         MEASURES,
         variants,
         complete=len(keys) == len(settings.every_key()),
-        notes=_remarks(settings, choices, extractor, features, samples.values()),
+        notes=_remarks(settings, choices, extractor, noted[DENSE].features, samples.values()),
     )
 
 
-def _fidelity(
-    notes: _Notes,
-    key: Key,
-    frames: Tensor,
-    latents: Tensor,
-    dense_frames: Tensor,
-    dense_latents: Tensor,
-    lpips: Callable[[Tensor, Tensor], list[float]] | str,
-) -> None:
-    each = fidelity.psnr_by_frame(frames, dense_frames)
-    notes.add_frames("psnr", key, each)
-    # of all frames together, as it is told elsewhere
-    notes.add("psnr", key, fidelity.psnr(frames, dense_frames))
-    notes.add("psnr_worst_frame", key, min(each))
-    notes.add_frames("ssim", key, fidelity.ssim_by_frame(frames, dense_frames))
-    notes.add("latent_error", key, fidelity.latent_error(latents, dense_latents))
-    if not isinstance(lpips, str):
-        notes.add_frames("lpips", key, lpips(frames, dense_frames))
-
-
-def _alone(notes: _Notes, key: Key, frames: Tensor, sample: Sample) -> None:
-    """What a sample comes to without any other."""
-    found, absent = speed.of_sample(sample)
-    for name, value in found.items():
-        notes.add(name, key, value)
-    for name, reason in absent.items():
-        notes.lack((name,), reason)
-    if len(frames) > 1:
-        notes.add("temporal_flickering", key, vbench.temporal_flickering(frames))
-    else:
-        notes.lack(vbench.DIMENSIONS, "it needs clips, and these are images")
-    judged = semantic.judge(frames, sample.text)
-    if isinstance(judged, str):
-        notes.lack(semantic.NAMES, judged)
-    else:
-        for name, value in judged.items():
-            notes.add(name, key, value)
-
-
 def _weights(
-    store: Store, settings: Settings, noted: dict[str, _Notes], samples: Mapping[Key, Sample]
+    store: Store, settings: Settings, noted: dict[str, Notes], samples: Mapping[Key, Sample]
 ) -> None:
     """VBench's dimensions that need weights."""
     reasons = vbench.reasons()
@@ -199,21 +110,19 @@ def _weights(
 
 
 def _distances(
-    settings: Settings,
-    choices: Choices,
-    extractor: Extractor | str,
-    features: Mapping[str, Mapping[Key, Tensor]],
-    noted: Mapping[str, _Notes],
+    settings: Settings, choices: Choices, extractor: Extractor | str, seen: Look
 ) -> dict[str, dict[str, Figure]]:
     """FID and KID of every variant, to real clips and to the dense ones."""
+    noted = seen.notes
     found: dict[str, dict[str, Figure]] = {slug: {} for slug in noted}
     if isinstance(extractor, str):
         for notes in noted.values():
             notes.lack(("fid", "kid", "fid_dense", "kid_dense"), extractor)
         return found
-    truth = _real(settings, choices, extractor)
+    truth = _real(settings, choices, extractor, seen.real)
+    references = _tensors(noted[DENSE].features)
     for slug, notes in noted.items():
-        mine = features[slug]
+        mine = _tensors(notes.features)
         if isinstance(truth, str):
             notes.lack(("fid", "kid"), truth)
         else:
@@ -221,26 +130,31 @@ def _distances(
         if slug == DENSE:
             continue
         pairs = {key: Key(DENSE, key.prompt, key.seed) for key in mine}
-        both = {key: row for key, row in mine.items() if pairs[key] in features[DENSE]}
-        dense = [features[DENSE][pairs[key]] for key in both]
+        both = {key: row for key, row in mine.items() if pairs[key] in references}
+        dense = [references[pairs[key]] for key in both]
         _distance(found[slug], notes, ("fid_dense", "kid_dense"), both, dense, paired=True)
     return found
 
 
-def _real(settings: Settings, choices: Choices, extractor: Extractor) -> list[Tensor] | str:
+def _tensors(features: Mapping[Key, Features]) -> dict[Key, Tensor]:
+    return {key: torch.from_numpy(rows) for key, rows in features.items()}
+
+
+def _real(
+    settings: Settings, choices: Choices, extractor: Extractor, drawn: list[Features]
+) -> list[Tensor] | str:
     if choices.real is not None:
         return [extractor.features(clip) for clip in real.from_folder(choices.real, settings)]
     if embedded.find(settings.model) is None:
         return "no folder of real clips was given (--real)"
-    clips = real.procedural(settings)
-    if not clips:
+    if not drawn:
         return "no prompt is a caption of the embedded domain, so that no real clip can be drawn"
-    return [extractor.features(clip) for clip in clips]
+    return [torch.from_numpy(rows) for rows in drawn]
 
 
 def _distance(
     figures: dict[str, Figure],
-    notes: _Notes,
+    notes: Notes,
     names: tuple[str, str],
     mine: Mapping[Key, Tensor],
     others: list[Tensor],
@@ -278,7 +192,7 @@ def _distance(
 
 def _variant(
     variant: Variant,
-    notes: _Notes,
+    notes: Notes,
     distances: Mapping[str, Figure],
     samples: list[Sample],
     failed: int,
@@ -341,7 +255,7 @@ def _remarks(
     settings: Settings,
     choices: Choices,
     extractor: Extractor | str,
-    features: Mapping[str, Mapping[Key, Tensor]],
+    features: Mapping[Key, Features],
     samples: Iterable[Sample],
 ) -> tuple[str, ...]:
     told = [
@@ -355,7 +269,7 @@ def _remarks(
             f"FID and KID on the features of {extractor.name} (one for each {extractor.of}), "
             f"against {where}."
         )
-        rows = list(features[DENSE].values())
+        rows = list(features.values())
         count = sum(map(len, rows))
         if rows and count <= rows[0].shape[1]:
             told.append(f"FID is biased here: {count} samples for {rows[0].shape[1]} features.")

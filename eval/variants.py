@@ -120,10 +120,25 @@ def variants_of(
 
 
 def _variant(slug: str, method: str, given: Mapping[str, Any], model: str) -> Variant:
-    full = embedded.options_for(model, method, given)
+    full = options_for(model, method, given)
     options = presets.build(method, **full).to_config()["options"]
     # as they are after a trip through JSON, which other processes take
     return Variant(slug, method, "method", {k: plain(v) for k, v in full.items()}, options)
+
+
+def options_for(model: str | None, method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a preset that is to be measured: as given, and what an embedded model suggests.
+
+    ``dense_below`` is 0 where it was not given, so that the method is measured even where a
+    pipeline would take dense attention, which is faster there. A ``Method`` inside of another keeps
+    its own schedule.
+    """
+    full = embedded.options_for(model, method, given)
+    if "dense_below" in presets.get(method).accepts(full) and not isinstance(
+        full.get("inner"), Mapping
+    ):
+        full.setdefault("dense_below", 0)
+    return full
 
 
 def floor_for(device: str, dtype: str) -> str:

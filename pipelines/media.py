@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dit_accel.atomic import replace_with as replace_with
+from dit_accel.atomic import write_text as write_text
 from dit_accel.errors import InputError
 
 KINDS = (".mp4", ".gif", "a folder of png (no suffix)")
@@ -117,31 +118,6 @@ def _pixels(frames: Tensor) -> np.ndarray:
     """uint8 ``[T, H, W, 3]`` of ``[T, 3, H, W]`` in [0, 1]."""
     made: np.ndarray = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return made
-
-
-def replace_with(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file or folder under a temporary name, and move it to ``path``.
-
-    Raises:
-        Exception: whatever ``write`` raises; what was at ``path`` is then as before.
-    """
-    path = path.absolute()
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as room:
-        part = Path(room) / path.name
-        write(part)
-        if path.is_dir() or (path.exists() and part.is_dir()):
-            old = Path(room) / "replaced"
-            path.rename(old)
-        os.replace(part, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
-
-    replace_with(path, write)
 
 
 def _write_mp4(pixels: np.ndarray, path: Path, fps: int) -> None:

@@ -158,6 +158,50 @@ def kernels(
         raise typer.Exit(1)
 
 
+@app.command("first-use")
+def first_use(
+    methods: Annotated[
+        str, typer.Option(help="Of pisa, pisa_moment, svg_ear, psa, vmoba, flashblock.")
+    ] = "pisa,pisa_moment,svg_ear,psa,vmoba,flashblock",
+    shape: Annotated[str, typer.Option(help="wan14b, wan1.3b, hunyuan or flux.")] = "wan1.3b",
+    target: Annotated[Path | None, typer.Option("--out", help="Also write JSON there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Time the first use of each method on this GPU, in new processes: with nothing compiled yet,
+    and with the compiled kernels on disk.
+    """
+    import torch
+
+    from dit_accel.errors import InputError
+    from dit_accel.eval import bench_first_use, records
+    from dit_accel.eval.kernel_cases import SHAPES
+    from dit_accel.pipelines import media
+
+    names = methods.split(",")
+    for name, known, given in (
+        ("methods", bench_first_use.METHODS, names),
+        ("shape", SHAPES, [shape]),
+    ):
+        for word in given:
+            if word not in known:
+                raise InputError(f"{name}: expected some of {', '.join(known)}, got {word!r}")
+    if not torch.cuda.is_available():
+        raise InputError("device: expected a GPU, which kernels are compiled for, got none")
+    if target is not None:
+        media.check_writable(target, force=force)
+    found = bench_first_use.run(
+        names,
+        shape=shape,
+        say=lambda text: err.print(text, highlight=False, markup=False, soft_wrap=True),
+    )
+    table = "\n".join(bench_first_use.lines(found["rows"]))
+    out.print(table, highlight=False, markup=False, soft_wrap=True)
+    if target is not None:
+        media.write_text(target, records.dumps(records.signed(found)))
+    if any(bench_first_use.failure(row) for row in found["rows"]):
+        raise typer.Exit(1)
+
+
 @app.command()
 def pipeline(
     models: Annotated[
@@ -226,6 +270,8 @@ def pipeline(
         if density is not None and "density" in presets.get(name).accepts(given):
             given.setdefault("density", density)
         if name != "dense":
+            # a method that steps aside for dense attention is not what was asked for
+            given.setdefault("dense_below", 0)
             made[name] = presets.build(name, **given)
         elif given:
             raise InputError("--set: expected no options of dense, use --backend")

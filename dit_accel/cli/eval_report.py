@@ -23,6 +23,7 @@ def report(
         Path | None,
         typer.Option(help="Folder of real clips or images, to compute the figures anew with."),
     ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that share figures to be computed.")] = 1,
 ) -> None:
     """Write report.html, summary.json and summary.csv into the run's folder.
 
@@ -32,11 +33,14 @@ def report(
     quiet()
     from dit_accel.errors import InputError
     from dit_accel.eval import export, report
+    from dit_accel.eval.looks import Choices
     from dit_accel.eval.store import Store
-    from dit_accel.eval.summary import Choices, summarise
+    from dit_accel.eval.summary import summarise
 
     if clips < 1:
         raise InputError(f"clips: expected a positive integer, got {clips}")
+    if jobs < 1:
+        raise InputError(f"jobs: expected a positive integer, got {jobs}")
     store = Store(run)
     store.run()
     kept = export.read(run) if (run / "summary.json").is_file() else None
@@ -47,6 +51,7 @@ def report(
                 store,
                 Choices(features or "auto", real),
                 lambda done, total: bars.update(task, completed=done, total=total),
+                jobs=jobs,
             )
         export.write(store, kept)
     path = report.write(store, kept, clips=clips)

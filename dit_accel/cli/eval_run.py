@@ -23,7 +23,6 @@ from dit_accel.errors import InputError
 
 if TYPE_CHECKING:
     from dit_accel.eval.run import Outcome, Rank
-    from dit_accel.eval.samples import Settings
 
 
 def run(
@@ -76,7 +75,9 @@ def run(
     real: Annotated[
         Path | None, typer.Option(help="Folder of real clips or images for FID and KID.")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Processes that share the prompts.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Processes that share the prompts, and then the figures.")
+    ] = 1,
 ) -> None:
     """Generate every prompt by every method, and measure what comes of it.
 
@@ -192,7 +193,9 @@ def _run(given: Mapping[str, Any]) -> None:
         warmup=given["warmup"],
     )
     if given["jobs"] > 1:
-        pipe = None  # each process loads its own
+        # each process loads its own
+        pipe = None
+        _release()
     group = Group(rank)
     command = ["dit-accel", *sys.argv[1:]]
     with progress(shown=rank.number == 0) as bars:
@@ -212,15 +215,17 @@ def _run(given: Mapping[str, Any]) -> None:
         )
     group.close()
     if rank.number == 0:
-        _tell(given, chosen, outcome)
+        # other processes of a launcher have nothing left to do
+        _tell(given, outcome, max(given["jobs"], rank.local_count))
     if not outcome.complete:
         raise typer.Exit(1)
 
 
-def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> None:
+def _tell(given: Mapping[str, Any], outcome: Outcome, jobs: int) -> None:
     from dit_accel.eval import export
+    from dit_accel.eval.looks import Choices
     from dit_accel.eval.store import Store
-    from dit_accel.eval.summary import Choices, summarise
+    from dit_accel.eval.summary import summarise
 
     store = Store(given["out"])
     with progress() as bars:
@@ -229,6 +234,7 @@ def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> Non
             store,
             Choices(given["features"], given["real"]),
             lambda done, total: bars.update(task, completed=done, total=total),
+            jobs=jobs,
         )
     export.write(store, summary)
     print_wide(export.table(summary))
@@ -250,6 +256,17 @@ def _tell(given: Mapping[str, Any], settings: Settings, outcome: Outcome) -> Non
         )
     total = f"{outcome.finished} of {outcome.total} samples"
     out.print(f"{total} in {given['out']}", highlight=False, soft_wrap=True)
+
+
+def _release() -> None:
+    """Give back a GPU's memory that nothing uses any more, for other processes."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
 
 
 def _device(given: str | None, rank: Rank) -> str:
@@ -302,7 +319,7 @@ def compare(
             out.print(f"only in {folder}: {', '.join(names)}", highlight=False, soft_wrap=True)
     shown = comparing.table(found, MEASURES, every=every)
     if shown.row_count:
-        out.print(shown)
+        print_wide(shown)
     else:
         out.print("Nothing changed beyond noise.")
     few = sum(change.verdict == "too few" for change in found.changes)

@@ -53,20 +53,24 @@ def tune_kernels(
             files.read(where, architecture)  # before anything is measured
         found = []
         with torch.inference_mode():
-            for one in tuning.run(
+            for op, name, one in tuning.run(
                 chosen,
                 names,
                 dtype=made,
                 device="cuda",
                 timer=lambda call: bench_kernels.milliseconds(call, "cuda", budget_ms),
             ):
-                found.append(one)
-                if not dry_run:  # a run that is stopped keeps what it has
-                    tuning.keep(found, architecture, torch.cuda.get_device_name(), where)
-                err.print(tuning.told(one), highlight=False, markup=False, soft_wrap=True)
+                if one is None:
+                    text = f"{op}, {name}: this device's kernel has no settings in {made}"
+                else:
+                    text = tuning.told(one)
+                    found.append(one)
+                    if not dry_run:  # a run that is stopped keeps what it has
+                        tuning.keep(found, architecture, torch.cuda.get_device_name(), where)
+                err.print(text, highlight=False, markup=False, soft_wrap=True)
     except ValueError as error:
         raise InputError(str(error)) from None
-    text = aligned(tuning.rows(found), right=range(3, 6))
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
-    if not dry_run:
+    table = aligned(tuning.rows(found), right=range(3, 6))
+    out.print(table, highlight=False, markup=False, soft_wrap=True)
+    if found and not dry_run:
         err.print(f"written  {where}", highlight=False, soft_wrap=True)

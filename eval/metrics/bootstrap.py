@@ -14,6 +14,7 @@ FEWEST = 5
 """Of so many independent samples an interval is given, and of no fewer."""
 _RESAMPLES = 4000
 _EXACT = 12
+_FLIPS = 20000
 
 Values = NDArray[np.float64]
 
@@ -78,10 +79,15 @@ def sign_flip_p(differences: Sequence[float], *, seed: int = 0) -> float:
         signs = 1.0 - 2.0 * bits
     else:
         rng = np.random.default_rng(seed)
-        signs = rng.choice([-1.0, 1.0], (20000, count))
+        signs = rng.choice([-1.0, 1.0], (_FLIPS, count))
         signs[0] = 1.0  # what was found is one of the ways
     means = np.abs((signs * given).mean(1))
     return float((means >= found * (1 - 1e-12)).mean())
+
+
+def rarest_sign_flip_p(count: int) -> float:
+    """The least that `sign_flip_p` can be for so many differences."""
+    return 2.0 ** (1 - count) if count <= _EXACT else 1 / _FLIPS
 
 
 def jackknife(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -9,7 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-COPY_BYTES = 640 * 2**20
+from dit_accel.kernels.packed import Compact, compact, remembered
+
+COPY_BYTES: float = 640 * 2**20
 """What the copies of a group may take, unless one head takes more."""
 T = TypeVar("T")
 
@@ -37,7 +40,7 @@ def in_groups(
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    groups = list(_groups(k))
+    groups = list(groups_of(k))
     if len(groups) == 1:
         whole = {"key_valid": key_valid, "rest": rest, "onto": onto, "into": (out, lse)}
         run(q, k, v, code, **whole, **orders, **options)
@@ -53,20 +56,32 @@ def in_groups(
             rest=cut(rest),
             onto=None if onto is None else (cut(onto[0]), cut(onto[1])),
             into=(cut(out), cut(lse)),
-            **{name: cut(x) for name, x in orders.items()},
+            **_orders(orders, cut),
             **options,
         )
     return out, lse
 
 
-def _groups(k: Tensor) -> Iterator[tuple[slice, slice]]:
+def _orders(orders: dict[str, Tensor], cut: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The orders of a group, and what is known of those of all heads."""
+    made = {name: cut(x) for name, x in orders.items()}
+    for side in "qk":
+        perm, offsets = (f"{side}_{what}" for what in ("perm", "offsets"))
+        if made[perm] is not orders[perm] and made[offsets] is not orders[offsets]:
+            every = compact(orders[perm], orders[offsets], None)
+            some = Compact(*(cut(x) for x in every))
+            remembered(made[perm], made[offsets], "compact", lambda some=some: some)  # type: ignore[misc]
+    return made
+
+
+def groups_of(k: Tensor) -> Iterator[tuple[slice, slice]]:
     """Batch elements and heads of every group: all, or some heads of one element."""
     batch, heads, length, depth = k.shape
     each = 2 * length * depth * k.element_size()
     if batch * heads * each <= COPY_BYTES:
         yield slice(None), slice(None)
         return
-    parts = min(heads, -(-heads * each // COPY_BYTES))
+    parts = min(heads, math.ceil(heads * each / COPY_BYTES))
     # as even as can be
     ends = [heads * (i + 1) // parts for i in range(parts)]
     for b in range(batch):

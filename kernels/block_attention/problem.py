@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.cutting import cut_blocks
+from dit_accel.kernels.cutting import specimen as specimen_of_cut
 from dit_accel.kernels.gather import gather_both, specimen
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
@@ -128,12 +130,13 @@ def pool_kernel(
 
 def tiles_of(order: Compact, length: int, size: int, longest: int | None) -> Tiles:
     """Tiles of an order's blocks, remembered."""
-    return remembered(
-        order.perm,
-        order.offsets,
-        (size, longest),
-        lambda: tiles(order.offsets, length, size, longest),
-    )
+
+    def make() -> Tiles:
+        if longest is None:
+            return cut_blocks(order.offsets, length, size)[0]
+        return tiles(order.offsets, length, size, longest)
+
+    return remembered(order.perm, order.offsets, (size, longest), make)
 
 
 class Problem(NamedTuple):
@@ -256,4 +259,6 @@ def _specimens() -> list[Specimen]:
     ]
 
 
-SPECIMENS = _specimens() if isinstance(pack_kernel, triton.JITFunction) else []
+SPECIMENS = (
+    [*_specimens(), specimen_of_cut()] if isinstance(pack_kernel, triton.JITFunction) else []
+)

@@ -12,16 +12,12 @@ from torch import Tensor
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import START_BIT
+from dit_accel.kernels.scan import larger
 from dit_accel.kernels.specimen import Specimen, typed
 
 _CHUNK = 1024
 """Blocks of a row that are looked at together."""
 _BITS = tl.constexpr(START_BIT)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
 
 
 @triton.jit
@@ -71,7 +67,7 @@ def pack_runs_kernel(
             before, _, _ = _exact(codes, offsets, column - 1, columns)
             after, _, _ = _exact(codes, offsets, column + 1, columns)
             opens = tl.where(chosen & (before == 0), start, -1)
-            run = tl.maximum(tl.associative_scan(opens, 0, _larger), open_run)
+            run = tl.maximum(tl.associative_scan(opens, 0, larger), open_run)
             open_run = tl.max(run, 0)
             boxes = tl.where(chosen, (stop - run) // SIZE, 0)
             if part == 0:

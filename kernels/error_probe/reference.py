@@ -7,6 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.error_probe.choice import choose_within
+from dit_accel.kernels.order import valid_order
 from dit_accel.kernels.ragged import WORKSPACE_BYTES, order_of
 from dit_accel.kernels.threads import num_workers, run_tasks
 
@@ -49,3 +51,28 @@ def error_probe(
     with run_tasks(workers) as run:
         run([partial(one_head, b, h) for b in range(batch) for h in range(heads)])
     return error
+
+
+def error_plan(
+    queries: Tensor,
+    k: Tensor,
+    log_weight: Tensor,
+    perm: Tensor,
+    offsets: Tensor,
+    num_blocks: int,
+    scale: float,
+    key_valid: Tensor | None,
+    density: float,
+    all_rows: int,
+) -> Tensor:
+    batch, heads, rows, _ = queries.shape
+    blocks = offsets.shape[-1] - 1
+    code = torch.ones(batch, heads, all_rows, blocks, dtype=torch.int8, device=k.device)
+    if rows and num_blocks:
+        where = (perm, offsets, num_blocks, scale, key_valid)
+        error = error_probe(queries, k, log_weight, *where)
+        _, bounds = valid_order(perm, offsets, key_valid)
+        count = bounds.diff(dim=-1)[..., :num_blocks].long().expand(batch, heads, -1)
+        chosen = choose_within(error, count, density)
+        code[:, :, :rows, :num_blocks] = torch.where(chosen, 1, -1).to(torch.int8)
+    return code

@@ -14,8 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.cutting import cut_blocks
+from dit_accel.kernels.error_probe.plan import choose
+from dit_accel.kernels.error_probe.plan import specimen as specimen_of_choice
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
-from dit_accel.kernels.packed import BLOCK_BIT, LENGTH_BITS, START_BIT, compact, tiles
+from dit_accel.kernels.packed import BLOCK_BIT, LENGTH_BITS, START_BIT, Compact, compact
 from dit_accel.kernels.specimen import Specimen, typed
 from dit_accel.kernels.tuning import SPACES, setting
 
@@ -129,48 +133,73 @@ def error_probe(
     scale: float,
     key_valid: Tensor | None,
 ) -> Tensor:
-    batch, heads, rows, depth = queries.shape
+    batch, heads, rows, _ = queries.shape
     shape = (batch, heads, num_blocks, rows)
     total = torch.zeros(shape, dtype=torch.float32, device=k.device)
     peak = torch.full_like(total, -torch.inf)
-    if total.numel() == 0:
-        return total.mT
+    if total.numel():
+        order = compact(perm, offsets, key_valid)
+        _launch(queries, k, log_weight, order, scale, total, peak)
+        highest = peak.amax(2, keepdim=True)
+        peak.sub_(highest.masked_fill_(highest == -torch.inf, 0.0)).exp2_()
+        total.mul_(peak)
+    return total.mT
+
+
+def error_plan(
+    queries: Tensor,
+    k: Tensor,
+    log_weight: Tensor,
+    perm: Tensor,
+    offsets: Tensor,
+    num_blocks: int,
+    scale: float,
+    key_valid: Tensor | None,
+    density: float,
+    all_rows: int,
+) -> Tensor:
+    batch, heads, rows, _ = queries.shape
+    shape = (batch, heads, num_blocks, rows)
+    total, peak = (torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    order = compact(perm, offsets, key_valid)
+    if total.numel():
+        _launch(queries, k, log_weight, order, scale, total, peak)
+    return choose(total, peak, order.offsets, density, all_rows, offsets.shape[-1] - 1)
+
+
+def _launch(
+    queries: Tensor,
+    k: Tensor,
+    log_weight: Tensor,
+    order: Compact,
+    scale: float,
+    total: Tensor,
+    peak: Tensor,
+) -> None:
+    batch, heads, num_blocks, rows = total.shape
     k = k if k.stride(3) == 1 else k.contiguous()
     log_weight = log_weight if log_weight.stride(3) == 1 else log_weight.contiguous()
-    order = compact(perm, offsets, key_valid)
     chosen = setting("error_probe", k, k.shape[2])
-    cut = tiles(order.offsets, k.shape[2], chosen["BN"])
-    per_block = -(-order.offsets.diff(dim=-1) // chosen["BN"])
-    first = torch.nn.functional.pad(per_block.cumsum(-1), (1, 0)).to(torch.int32)
+    tiles, first = cut_blocks(order.offsets, k.shape[2], chosen["BN"])
     across = triton.cdiv(rows, chosen["BM"])
     parts = min(num_blocks, max(1, triton.cdiv(_PROGRAMS, across * batch * heads)))
     chunk = triton.cdiv(num_blocks, parts)
-    _probe[(across * triton.cdiv(num_blocks, chunk), batch * heads)](
-        queries.float().contiguous(),
-        k,
-        log_weight,
-        order.perm,
-        *cut,
-        first,
-        total,
-        peak,
-        *k.stride()[:3],
-        *log_weight.stride()[:3],
-        *lead_strides(order.perm),
-        *lead_strides(cut.span),
-        *lead_strides(first),
-        scale,
-        heads,
-        rows,
-        num_blocks,
-        chunk,
-        D=depth,
+    launch(
+        _probe,
+        (across * triton.cdiv(num_blocks, chunk), batch * heads),
+        (queries.float().contiguous(), k, log_weight, order.perm, *tiles, first, total, peak),
+        (
+            *k.stride()[:3],
+            *log_weight.stride()[:3],
+            *lead_strides(order.perm),
+            *lead_strides(tiles.span),
+            *lead_strides(first),
+            *(float(scale), heads, rows, num_blocks, chunk),
+        ),
+        D=k.shape[3],
         SPLIT=k.dtype != torch.float32,
         **chosen.values,
     )
-    highest = peak.amax(2, keepdim=True)
-    peak.sub_(highest.masked_fill_(highest == -torch.inf, 0.0)).exp2_()
-    return total.mul_(peak).mT
 
 
 def _specimen(depth: int, dtype: str) -> Specimen:
@@ -192,4 +221,8 @@ def _specimen(depth: int, dtype: str) -> Specimen:
     )
 
 
-SPECIMENS = [_specimen(64, "fp16"), _specimen(128, "bf16")]
+SPECIMENS = [
+    _specimen(64, "fp16"),
+    _specimen(128, "bf16"),
+    *(specimen_of_choice(columns) for columns in (512, 1024, 2048, 4096)),
+]

@@ -39,9 +39,9 @@ def kmeans(
         backend: ``"auto"``, or a name from `BACKENDS`; a named one never falls back.
 
     Returns:
-        Labels int64 ``[B, H, L]``, and the centroids they belong to, fp32 ``[B, H, C, D]`` (fp64
-        for fp64 inputs). The labels are those of the nearest centroids; on a GPU, where
-        the products are those of ``x``'s dtype, of the nearest once they are rounded to it.
+        Labels, int32 or int64 ``[B, H, L]``, and the centroids they belong to, fp32
+        ``[B, H, C, D]`` (fp64 for fp64 inputs). The labels are those of the nearest centroids; on a
+        GPU, where the products are those of ``x``'s dtype, of the nearest once they are rounded.
 
     Raises:
         ValueError: what was given does not fit.

@@ -10,7 +10,8 @@ import torch
 from flash_kmeans.assign_euclid_triton import euclid_assign_triton
 from torch import Tensor
 
-from dit_accel.kernels.kmeans.triton import Clusters, update_means
+from dit_accel.kernels.kmeans.clusters import Clusters
+from dit_accel.kernels.kmeans.triton import update_means
 
 
 def kmeans(
@@ -34,6 +35,6 @@ def kmeans(
     for step in range(iterations + 1):
         if step:
             update_means(x, state, step)
-        double = (2 * state.half).view(batch * heads, clusters)
+        double = 2 * state.half[:, :, :clusters].reshape(batch * heads, clusters)
         euclid_assign_triton(rows, centre, square, labels, double)
-    return state.labels.long(), state.exact
+    return state.labels, state.exact

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dit_accel.kernels.kmeans.clusters import Clusters
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.specimen import Specimen
 
 # renamed between Triton 3.6 and 3.9
@@ -160,43 +161,23 @@ def assign_kernel(
         )  # fmt: skip
 
 
-def assign(
-    x: Tensor,
-    centre: Tensor,
-    half: Tensor,
-    labels: Tensor,
-    valid: Tensor | None,
-    changed: Tensor,
-    sizes: tuple[int, ...],
-) -> None:
-    """Labels of the nearest centroids.
+def assign(x: Tensor, state: Clusters, step: int) -> None:
+    """Labels of the nearest centroids; of equal ones the first.
 
     Args:
         x: ``[B, H, L, D]`` in 16 bits, head size 64 or 128, with a last stride of 1.
-        centre: ``[B, H, C, D]`` in ``x``'s dtype, contiguous.
-        half: fp32 ``[B, H, C]``, ``½|c|²``.
-        labels: int32 ``[B, H, L]``, read where the step is above 0, and written.
-        valid: bool ``[B, L]``, or ``None``.
-        changed: int32 ``[steps, B · H]``: of the step before read, of this one set to 1.
-        sizes: `Clusters.arguments`: strides of ``x`` but the last, of ``valid``'s first, heads,
-            tokens, clusters, step.
+        state: of which the centroids are read and the labels written.
+        step: above 0, heads that did not change in the step before are left alone.
     """
-    rows = int(_ROWS.value * _GROUPS.value)
-    # beyond the last centroid nothing is near
-    half = torch.nn.functional.pad(half, (0, -half.shape[-1] % 64), value=torch.inf)
-    described = TensorDescriptor.from_tensor(
-        centre.view(-1, x.shape[3]), [64, x.shape[3]], _layout()
-    )
-    assign_kernel[(-(-x.shape[2] // rows), x.shape[0] * x.shape[1])](
-        x,
-        described,
-        half,
-        labels,
-        labels if valid is None else valid,
-        changed,
-        *sizes,
-        D=x.shape[3],
-        HAS_VALID=valid is not None,
+    rows, depth = int(_ROWS.value * _GROUPS.value), x.shape[3]
+    described = TensorDescriptor.from_tensor(state.centre.view(-1, depth), [64, depth], _layout())
+    launch(
+        assign_kernel,
+        (-(-x.shape[2] // rows), x.shape[0] * x.shape[1]),
+        (x, described, state.half, state.labels, state.mask, state.changed),
+        state.arguments(x, step),
+        D=depth,
+        HAS_VALID=state.valid is not None,
         **LAUNCH,
     )
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
-from dit_accel.kernels.kmeans.start import starting_centroids
-from dit_accel.kernels.order import label_bounds, sorted_labels
+from dit_accel.kernels.kmeans.clusters import SPECIMENS as BEGIN_SPECIMENS
+from dit_accel.kernels.kmeans.clusters import Clusters
+from dit_accel.kernels.label_order import label_order
+from dit_accel.kernels.launch import launch
+from dit_accel.kernels.packed import compact
 from dit_accel.kernels.specimen import Specimen, typed
 from dit_accel.kernels.tuning import SPACES, setting
 
@@ -61,7 +63,7 @@ def _assign(
         other=0.0,
     )
     centre_ptr += pair * clusters * D
-    half_ptr += pair * clusters
+    half_ptr += pair * (tl.cdiv(clusters, 64) * 64)
     best = tl.full([BM, BN], float("-inf"), tl.float32)
     best_tile = tl.zeros([BM, BN], tl.int32)
     column = tl.arange(0, BN)
@@ -121,15 +123,17 @@ def _update(
     b, h = pair // heads, pair % heads
     depth = tl.arange(0, D)
     where = pair * clusters + cluster
-    start = tl.load(bound_ptr + where)
-    stop = tl.load(bound_ptr + where + 1)
+    # one bound more than clusters
+    start = tl.load(bound_ptr + where + pair)
+    stop = tl.load(bound_ptr + where + pair + 1)
+    order_ptr += pair * length
     x_ptr += b * x_b + h * x_h
     total = tl.zeros([BN, D], tl.float32)
     count = tl.zeros([BN], tl.int32)
     for first in range(start, stop, BN):
         place = first + tl.arange(0, BN)
         keep = place < stop
-        token = tl.load(order_ptr + place, mask=keep, other=0) - pair * length
+        token = tl.load(order_ptr + place, mask=keep, other=0).to(tl.int64)
         if HAS_VALID:
             keep = keep & (tl.load(valid_ptr + b * valid_b + token, mask=keep, other=0) != 0)
         x = tl.load(x_ptr + token[:, None] * x_l + depth[None, :], mask=keep[:, None], other=0.0)
@@ -142,7 +146,8 @@ def _update(
         tl.store(exact_ptr + where * D + depth, mean)
         tl.store(centre_ptr + where * D + depth, rounded)
         back = rounded.to(tl.float32)
-        tl.store(half_ptr + where, 0.5 * tl.sum(back * back, 0))
+        half_ptr += pair * (tl.cdiv(clusters, 64) * 64)
+        tl.store(half_ptr + cluster, 0.5 * tl.sum(back * back, 0))
 
 
 def kmeans(
@@ -159,60 +164,21 @@ def kmeans(
     for step in range(1, iterations + 1):
         update_means(x, state, step)
         _assign_all(x, state, step)
-    return state.labels.long(), state.exact
-
-
-class Clusters:
-    """Labels int32 ``[B, H, L]`` and centroids ``[B, H, C, D]`` on their way.
-
-    ``exact`` are the centroids in fp32, ``centre`` the same in the tokens' dtype, and ``half``
-    ``½|c|²`` of these. ``changed`` int32 ``[iterations + 1, B · H]``: whether a label moved.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        clusters: int,
-        iterations: int,
-        start: Tensor | None,
-        valid: Tensor | None,
-        seed: int,
-    ) -> None:
-        batch, heads, length, _ = x.shape
-        if start is None:
-            self.exact = starting_centroids(x, clusters, valid, seed)
-        else:
-            self.exact = start.to(torch.float32, copy=True).contiguous()
-        self.centre = self.exact.to(x.dtype)
-        self.half = self.centre.float().square().sum(-1).mul_(0.5)
-        self.labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x.device)
-        shape = (iterations + 1, batch * heads)
-        self.changed = torch.zeros(shape, dtype=torch.int32, device=x.device)
-        self.changed[0] = 1
-        self.valid = None if valid is None else valid.contiguous()
-
-    def arguments(self, x: Tensor, step: int) -> tuple[int, ...]:
-        """What both kernels are told about the shapes."""
-        padding = x.shape[2] if self.valid is not None else 0
-        return (*x.stride()[:3], padding, *x.shape[1:3], self.centre.shape[2], step)
+    return state.labels, state.exact
 
 
 def _assign_all(x: Tensor, state: Clusters, step: int) -> None:
     if x.dtype.itemsize == 2 and x.shape[3] in HEAD_SIZES and is_hopper(x.device):
         from dit_accel.kernels.kmeans import hopper
 
-        parts = (state.centre, state.half, state.labels, state.valid, state.changed)
-        hopper.assign(x, *parts, state.arguments(x, step))
+        hopper.assign(x, state, step)
         return
     chosen = setting("kmeans.assign", x, x.shape[2])
-    _assign[(triton.cdiv(x.shape[2], chosen["BM"]), x.shape[0] * x.shape[1])](
-        x,
-        state.centre,
-        state.half,
-        state.labels,
-        state.labels if state.valid is None else state.valid,
-        state.changed,
-        *state.arguments(x, step),
+    launch(
+        _assign,
+        (triton.cdiv(x.shape[2], chosen["BM"]), x.shape[0] * x.shape[1]),
+        (x, state.centre, state.half, state.labels, state.mask, state.changed),
+        state.arguments(x, step),
         D=x.shape[3],
         HAS_VALID=state.valid is not None,
         **chosen.values,
@@ -227,18 +193,13 @@ def update_means(x: Tensor, state: Clusters, step: int) -> None:
         state: of which the labels are read and the centroids written.
         step: above 0; from 2 on, heads that did not change in the step before are left alone.
     """
-    groups, clusters = x.shape[0] * x.shape[1], state.centre.shape[2]
-    keys, order = sorted_labels(state.labels.view(groups, -1), clusters)
-    _update[(clusters, groups)](
-        x,
-        order,
-        label_bounds(keys, groups, clusters),
-        state.labels if state.valid is None else state.valid,
-        state.changed,
-        state.exact,
-        state.centre,
-        state.half,
-        *state.arguments(x, step),
+    clusters = state.centre.shape[2]
+    order = compact(*label_order(state.labels, clusters), None)
+    launch(
+        _update,
+        (clusters, x.shape[0] * x.shape[1]),
+        (x, *order, state.mask, state.changed, state.exact, state.centre, state.half),
+        state.arguments(x, step),
         D=x.shape[3],
         HAS_VALID=state.valid is not None,
         **setting("kmeans.update", x, x.shape[2]).values,
@@ -254,8 +215,8 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
         "label_ptr": "*i32",
         "changed_ptr": "*i32",
         "valid_ptr": "*i32",
-        "order_ptr": "*i64",
-        "bound_ptr": "*i64",
+        "order_ptr": "*i32",
+        "bound_ptr": "*i32",
     }
     settings: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (
@@ -278,4 +239,4 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
     ]
 
 
-SPECIMENS = [*_specimens(64, "fp16"), *_specimens(128, "bf16")]
+SPECIMENS = [*BEGIN_SPECIMENS, *_specimens(64, "fp16"), *_specimens(128, "bf16")]

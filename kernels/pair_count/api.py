@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.backends import implementation, interpreted, resolve
+from dit_accel.kernels.words import Words
 
 KNOWN = ("auto", "reference", "triton")
 
 
 def pair_count(
-    code: Tensor, keys: Tensor, queries: Tensor | None = None, *, backend: str = "auto"
+    code: Tensor | Words, keys: Tensor, queries: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """Pairs of a query and a key in the blocks that are exact.
 
     Args:
-        code: ``[B|1, H|1, N, Nk]``; int8, where 1 is exact, or bool.
+        code: ``[B|1, H|1, N, Nk]``; int8, where 1 is exact, or bool, or as much in `Words`.
         keys: integer ``[B|1, H|1, Nk]``, keys of each block, below 2**31 in all.
-        queries: integer ``[B|1, H|1, N]``, queries of each row; one, if not given.
+        queries: integer ``[B|1, H|1, N]``, queries of each row; one, if not given, and with
+            `Words`.
         backend: ``"auto"``, or one of `KNOWN`; a named one never falls back.
 
     Returns:
@@ -27,7 +29,11 @@ def pair_count(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    if code.ndim != 4 or code.dtype not in (torch.int8, torch.bool):
+    stored = code.word if isinstance(code, Words) else code
+    if isinstance(code, Words):
+        if queries is not None:
+            raise ValueError("queries: expected none with words, of which each is one query's")
+    elif code.ndim != 4 or code.dtype not in (torch.int8, torch.bool):
         raise ValueError(
             f"code: expected int8 or bool [B|1, H|1, N, Nk], got {code.dtype} {list(code.shape)}"
         )
@@ -36,7 +42,7 @@ def pair_count(
             raise ValueError(
                 f"{name}: expected integers [B|1, H|1, {length}], got {x.dtype} {list(x.shape)}"
             )
-    chosen = resolve(backend, code, KNOWN, _refusal(code), any_size=True)
+    chosen = resolve(backend, stored, KNOWN, _refusal(stored), any_size=True)
     found: Tensor = implementation("pair_count", chosen).pair_count(code, keys, queries)
     return found
 

@@ -10,8 +10,11 @@ from torch import Tensor
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.word_bits import word_bit
+from dit_accel.kernels.words import Words, grouping
 
 _ROWS, _COLUMNS = 8, 256
+_TOKENS = 256
 _PROGRAMS = 1024
 """Rows of a head that are counted by one program, which leaves no sum to be added up."""
 _SIZES = ["heads", "rows", "columns", "run"]
@@ -63,7 +66,62 @@ def count_kernel(
     tl.store(found + head.to(tl.int64) * tl.num_programs(0) + part, tl.sum(total, 0))
 
 
-def pair_count(code: Tensor, keys: Tensor, queries: Tensor | None) -> Tensor:
+@triton.jit(do_not_specialize=["heads", "length", "groups", "size", "blocks", "key_b", "key_h"])
+def words_kernel(
+    words,
+    keys,
+    found,
+    heads,
+    length,
+    groups,
+    size,
+    blocks,
+    word_b,
+    word_h,
+    key_b,
+    key_h,
+    TOKENS: tl.constexpr,
+):
+    """The pairs of a head and a group of blocks."""
+    group, head = tl.program_id(0), tl.program_id(1)
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    words += b * word_b + h * word_h + group.to(tl.int64) * length
+    bit = tl.arange(0, 16)
+    number = word_bit(bit)  # bits are turned around, and so turned back
+    column = group * size + number
+    known = (number < size) & (column < blocks)
+    worth = tl.load(keys + b * key_b + h * key_h + column, mask=known, other=0)
+    counts = tl.zeros([TOKENS, 16], tl.int32)
+    for first in range(0, length, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        word = tl.load(words + token, mask=token < length, other=0).to(tl.int32)
+        counts += (word[:, None] >> bit[None, :]) & 1
+    total = tl.sum(counts, 0).to(tl.int64) * worth.to(tl.int64)
+    tl.store(found + head.to(tl.int64) * groups + group, tl.sum(total, 0))
+
+
+def _of_words(words: Words, keys: Tensor) -> Tensor:
+    word, keys = words.word.contiguous(), keys.contiguous()
+    batch, heads = (max(x.shape[axis] for x in (word, keys)) for axis in (0, 1))
+    groups, size = grouping(words.blocks)
+    found = torch.empty(batch, heads, groups, dtype=torch.int64, device=word.device)
+    launch(
+        words_kernel,
+        (groups, batch * heads),
+        (word, keys, found),
+        (
+            *(heads, word.shape[3], groups, size, words.blocks),
+            *(*lead_strides(word), *lead_strides(keys)),
+        ),
+        TOKENS=_TOKENS,
+        num_warps=4,
+    )
+    return found.sum(-1)
+
+
+def pair_count(code: Tensor | Words, keys: Tensor, queries: Tensor | None) -> Tensor:
+    if isinstance(code, Words):
+        return _of_words(code, keys)
     sizes = keys if queries is None else queries
     given = (code, keys, sizes)
     batch, heads = (max(x.shape[axis] for x in given) for axis in (0, 1))
@@ -98,8 +156,15 @@ def _specimen(kind: str, weighed: bool) -> Specimen:
     return Specimen(name, count_kernel, signature, constants, {"num_warps": 4})
 
 
+def _specimen_of_words() -> Specimen:
+    constants = {"TOKENS": _TOKENS}
+    types = {"words": "*i16", "keys": "*i32", "found": "*i64"}
+    signature = typed(words_kernel, constants, **types)
+    return Specimen("pairs of words", words_kernel, signature, constants, {"num_warps": 4})
+
+
 SPECIMENS = (
-    [_specimen("i32", True), _specimen("i64", False)]
+    [_specimen("i32", True), _specimen("i64", False), _specimen_of_words()]
     if isinstance(count_kernel, triton.JITFunction)
     else []
 )

@@ -8,13 +8,14 @@ from torch import Tensor
 from dit_accel.kernels.backends import implementation, resolve, triton_refusal
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.block_summary.api import check_blocks, check_valid
+from dit_accel.kernels.words import Words
 
 
 def token_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    select: Tensor,
+    select: Tensor | Words,
     *,
     k_perm: Tensor,
     k_offsets: Tensor,
@@ -27,8 +28,8 @@ def token_attention(
 
     Args:
         q, k, v: ``[B, H, L, D]`` floating, any strides, in the model's order.
-        select: bool ``[B|1, H|1, L, Nk]``, query tokens in the model's order; ``True`` is exact,
-            ``False`` left to ``rest`` (left out without one).
+        select: bool ``[B|1, H|1, L, Nk]``, or as much in `Words`; query tokens in the model's
+            order; ``True`` is exact, ``False`` left to ``rest`` (left out without one).
         k_perm: int64 ``[B|1, H|1, L]``, the order of the keys.
         k_offsets: int32 ``[B|1, H|1, Nk + 1]``, where the order is cut into blocks.
         key_valid: bool ``[B, L]``; ``False`` keys are never read.
@@ -54,16 +55,17 @@ def token_attention(
     check_valid(key_valid, k)
     batch, heads, length, depth = q.shape
     blocks = k_offsets.shape[-1] - 1
+    stored = select.word if isinstance(select, Words) else select
     if (
-        select.dtype != torch.bool
-        or select.ndim != 4
+        stored.dtype != (torch.int16 if isinstance(select, Words) else torch.bool)
+        or stored.ndim != 4
         or tuple(select.shape[2:]) != (length, blocks)
         or select.shape[0] not in (1, batch)
         or select.shape[1] not in (1, heads)
     ):
         raise ValueError(
             f"select: expected bool [{batch}|1, {heads}|1, {length}, {blocks}], got "
-            f"{select.dtype} {list(select.shape)}"
+            f"{stored.dtype} {list(select.shape)}"
         )
     if rest is not None and rest.cov_sum is not None and rest.cov_scope == "rest":
         raise ValueError("rest: expected cov_scope 'global' for token attention, got 'rest'")

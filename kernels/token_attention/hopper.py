@@ -25,9 +25,9 @@ from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_attention.hopper import shared_layout
 from dit_accel.kernels.block_attention.softmax import _soften, _soften_plain
-from dit_accel.kernels.block_attention.warps import _load, _rows_of
+from dit_accel.kernels.block_attention.warps import _load
 from dit_accel.kernels.gather import gather_rows
-from dit_accel.kernels.packed import compact
+from dit_accel.kernels.packed import START_BIT, compact
 from dit_accel.kernels.specimen import Specimen
 from dit_accel.kernels.token_attention.lists import (
     ENTRY_BITS,
@@ -35,33 +35,45 @@ from dit_accel.kernels.token_attention.lists import (
     ROWS,
     boxes_of,
     bytes_of,
-    grouping,
     lists,
     specimens,
 )
-from dit_accel.kernels.token_attention.runs import runs
+from dit_accel.kernels.token_attention.runs import room_for
+from dit_accel.kernels.words import Words, grouping
 
-KEPT_BYTES = 5 * 2**28
-"""What partials may take."""
-LISTED_BYTES = 5 * 2**28
-"""What lists and ordered keys and values may take, unless those of one head take more."""
+KEPT_BYTES: int | None = None
+"""What is kept at once; if none, as much as queries, keys and values take, results included."""
+_LEAST = 2**26
+"""What may be kept in any case."""
 _KEPT = 256
 """Keys that are on their way or in use."""
 _ITEM = gl.constexpr(ITEM)
 _ENTRY = gl.constexpr(ENTRY_BITS)
+_START = gl.constexpr(START_BIT)
 # renamed between Triton 3.6 and 3.9
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 @gluon.jit
-def _bring(desc, rows, buffer, ready, BOX: gl.constexpr):
+def _bring(desc, entries, row, buffer, ready, BOX: gl.constexpr):
     """The boxes of one turn of a list into one buffer."""
     width: gl.constexpr = buffer.shape[0]
     depth: gl.constexpr = buffer.shape[1]
     mbarrier.expect(ready, width * depth * 2)
     for i in gl.static_range(width // BOX):
-        _load(desc, [rows[i], 0], ready, buffer.slice(i * BOX, BOX))
+        _load(desc, [row + (entries[i] >> _START), 0], ready, buffer.slice(i * BOX, BOX))
+
+
+@gluon.jit
+def _listed(p, number):
+    """Of an item: its unit, its boxes, where their list is, and how many of them all chose."""
+    there = number < p.end
+    item = p.items + number * _ITEM
+    unit = gl.load(item, mask=there, other=0)
+    plain = gl.load(item + 3, mask=there, other=0)
+    count = gl.load(item + 4, mask=there, other=0)
+    return unit, count, gl.load(item + 5, mask=there, other=0), plain
 
 
 @gluon.jit
@@ -71,17 +83,17 @@ def _producer(p, BOX: gl.constexpr):
     turn = gl.to_tensor(0)
     for number in range(p.begin, p.end, p.step):
         item = p.items + number * _ITEM
-        row = gl.load(item) // p.groups * p.length
+        row = (gl.load(item) // p.groups - p.held_pair) * p.length
         turns = (gl.load(item + 4) + boxes - 1) // boxes
         entries = p.listed + gl.load(item + 5)
         for i in range(turns):
-            rows = _rows_of(entries, i, row, boxes)
+            here = _entries_of(entries, i, boxes)
             at = turn % stages
             free = ((turn // stages) & 1) ^ 1
             mbarrier.wait(p.k_free.index(at), free)
-            _bring(p.keys, rows, p.k_bufs.index(at), p.k_ready.index(at), BOX)
+            _bring(p.keys, here, row, p.k_bufs.index(at), p.k_ready.index(at), BOX)
             mbarrier.wait(p.v_free.index(at), free)
-            _bring(p.values, rows, p.v_bufs.index(at), p.v_ready.index(at), BOX)
+            _bring(p.values, here, row, p.v_bufs.index(at), p.v_ready.index(at), BOX)
             turn += 1
 
 
@@ -108,6 +120,27 @@ def _chosen(s, by, word, entries, columns, BOX: gl.constexpr):
         limit = gl.where(columns // BOX == i, entries[i] & ((1 << _ENTRY) - 1), limit)
     known = columns % BOX < limit
     return gl.where(gl.expand_dims(known, 0), s * by + bias, float("-inf"))
+
+
+@gluon.jit
+def _are_full(entries, boxes: gl.constexpr, BOX: gl.constexpr):
+    """Whether all boxes of a turn are of full length."""
+    full = (entries[0] & ((1 << _ENTRY) - 1)) == BOX
+    for i in gl.static_range(1, boxes):
+        full = full & ((entries[i] & ((1 << _ENTRY) - 1)) == BOX)
+    return full
+
+
+@gluon.jit
+def _chosen_full(s, by, word, entries, columns, BOX: gl.constexpr):
+    """As `_chosen`, where all boxes are of full length."""
+    boxes: gl.constexpr = s.shape[1] // BOX
+    box = gl.expand_dims(columns // BOX, 0)
+    bias = gl.full_like(s, float("-inf"))
+    for i in gl.static_range(boxes):
+        taken = ((word >> ((entries[i] >> _ENTRY) & 15)) & 1) != 0
+        bias = gl.where(box == i, gl.expand_dims(gl.where(taken, 0.0, float("-inf")), 1), bias)
+    return s * by + bias
 
 
 @gluon.jit
@@ -159,13 +192,15 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
     next_word = gl.load(p.words + start + row, mask=row < count, other=0)
     unit, start, count = _header(p, p.begin + p.step, group)
     token = gl.load(p.tokens + start + place, mask=place < count, other=0)
+    _unit, listed, at_list, everyone = _listed(p, p.begin)
     turn = gl.to_tensor(0)
     q_at = gl.to_tensor(0)
     for number in range(p.begin, p.end, p.step):
         item = p.items + number * _ITEM
-        plain = gl.load(item + 3) // boxes
-        turns = (gl.load(item + 4) + boxes - 1) // boxes
-        entries = p.listed + gl.load(item + 5)
+        plain = everyone // boxes
+        turns = (listed + boxes - 1) // boxes
+        entries = p.listed + at_list
+        _unit, listed, at_list, everyone = _listed(p, number + p.step)
         word = next_word.to(gl.int32)
         q_buf = q_bufs.index(q_at)
         q_next = gl.where(q_at == 2, 0, q_at + 1)
@@ -187,7 +222,10 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
             s = warpgroup_mma(q_buf, p.k_bufs.index(at).permute((1, 0)), nothing, use_acc=False)
             mbarrier.arrive(p.k_free.index(at), count=1)
             if plain == 0:
-                s = _chosen(s, p.by, word, found, columns, BOX)
+                if _are_full(found, boxes, BOX):
+                    s = _chosen_full(s, p.by, word, found, columns, BOX)
+                else:
+                    s = _chosen(s, p.by, word, found, columns, BOX)
                 weights, m, mass, fade = _soften(s, m, mass)
             else:
                 weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
@@ -206,7 +244,10 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
                 s = warpgroup_mma_wait(1, deps=(s_next,))
                 mbarrier.arrive(p.k_free.index(at), count=1)
                 if i >= plain:
-                    s = _chosen(s, p.by, word, found, columns, BOX)
+                    if _are_full(found, boxes, BOX):
+                        s = _chosen_full(s, p.by, word, found, columns, BOX)
+                    else:
+                        s = _chosen(s, p.by, word, found, columns, BOX)
                     weights, m, mass, fade = _soften(s, m, mass)
                 else:
                     weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
@@ -223,13 +264,11 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
 
         total = gl.where(mass == 0.0, 1.0, mass)
         acc = acc / gl.expand_dims(gl.convert_layout(total, acc_row), 1)
-        own = gl.load(item)
-        first = gl.load(item + 1) * (2 * rows) + group * rows
         left = gl.load(item + 2) - group * rows
-        kept = (own - p.first_unit).to(gl.int64) * p.padded + first
+        kept = (number - p.first_item) * (2 * rows) + group * rows
         q_buf.store(acc.to(dtype))
         fence_async_shared()
-        _store(p.parts, [kept.to(gl.int32), 0], q_buf)
+        _store(p.parts, [kept, 0], q_buf)
         norm = gl.where(mass == 0.0, float("-inf"), m + gl.log2(total))
         gl.store(p.lse + kept + row, norm, mask=row < left)
         q_at = q_next
@@ -254,7 +293,8 @@ class _Parts:
     padded: gl.tensor
     groups: gl.tensor
     first_pair: gl.tensor
-    first_unit: gl.tensor
+    held_pair: gl.tensor
+    first_item: gl.tensor
     begin: gl.tensor
     end: gl.tensor
     step: gl.tensor
@@ -281,7 +321,8 @@ _Parts = aggregate(_Parts)  # type: ignore[misc]
 
 @gluon.jit(
     do_not_specialize=[
-        *("heads", "length", "padded", "groups", "first_pair", "first_unit", "units"),
+        *("heads", "length", "padded", "groups", "first_pair", "held_pair", "held", "run"),
+        "capacity",
     ]
 )
 def attend_kernel(
@@ -303,8 +344,10 @@ def attend_kernel(
     padded,
     groups,
     first_pair,
-    first_unit,
-    units,
+    held_pair,
+    held,
+    run,
+    capacity,
     scale,
     BOX: gl.constexpr,
     PER: gl.constexpr,
@@ -327,6 +370,7 @@ def attend_kernel(
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_ready.index(stage), count=1)
         mbarrier.init(v_free.index(stage), count=2)
+    first_item = gl.load(first + held_pair * groups) + run * capacity
     shares = _Parts(
         q,
         tokens,
@@ -342,9 +386,10 @@ def attend_kernel(
         padded,
         groups,
         first_pair,
-        first_unit,
-        gl.load(first + first_unit) + gl.program_id(0),
-        gl.load(first + first_unit + units),
+        gl.to_tensor(held_pair),
+        first_item,
+        first_item + gl.program_id(0),
+        gl.minimum(gl.load(first + (held_pair + held) * groups), first_item + capacity),
         gl.num_programs(0),
         scale * 1.4426950408889634,
         keys,
@@ -379,7 +424,7 @@ def token_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    select: Tensor,
+    words: Words,
     k_perm: Tensor,
     k_offsets: Tensor,
     key_valid: Tensor | None,
@@ -387,11 +432,11 @@ def token_attention(
     launch: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `triton.token_attention`, in fp16 or bf16, head size 64 or 128, a positive scale."""
-    from dit_accel.kernels.token_attention.triton import merge_parts
+    from dit_accel.kernels.token_attention.merging import State, merge_items
 
     q = q if _aligned(q) else q.contiguous().clone()
     batch, heads, length, depth = q.shape
-    blocks, every, device = select.shape[3], batch * heads, q.device
+    blocks, every, device = words.blocks, batch * heads, q.device
     out = torch.empty(batch, heads, length, depth, dtype=q.dtype, device=device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
     order = compact(k_perm, k_offsets, key_valid)
@@ -399,69 +444,74 @@ def token_attention(
     groups, size = grouping(blocks)
     found = boxes_of(order, length, size, box)
     padded = triton.cdiv(length, ROWS) * ROWS
-    pairs = LISTED_BYTES // (bytes_of(length, blocks, box) + 2 * length * depth * q.itemsize)
-    pairs = min(every, max(1, pairs))
-    units = max(1, KEPT_BYTES // (padded * (depth * q.itemsize + 4)))
-    # some heads at once, or else some groups of one
-    units = min(pairs, units // groups) * groups if units >= groups else units
+    most = groups * triton.cdiv(length, ROWS)
+    fits = room_for(
+        every,
+        most,
+        KEPT_BYTES or max(_LEAST, 2 * out.nbytes - lse.nbytes - words.word.nbytes),
+        listed=bytes_of(length, blocks, box),
+        ordered=2 * length * depth * q.itemsize,
+        parted=ROWS * (depth * q.itemsize + 4),
+        state=length * (4 * depth + 8),
+    )
 
     def room(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
-    keys, values = room(pairs, length, depth), room(pairs, length, depth)
-    part, part_lse = room(units, padded, depth), room(units, padded, dtype=torch.float32)
+    keys, values = (room(fits.heads, length, depth) for _ in range(2))
+    part, part_lse = room(fits.items * ROWS, depth), room(fits.items * ROWS, dtype=torch.float32)
     described = [
         TensorDescriptor.from_tensor(x.view(-1, depth), [rows, depth], shared_layout())
         for x, rows in ((keys, box), (values, box), (part, 64))
     ]
-    state = (out, lse, lse)  # stands in where there is no state
-    if units < groups:
-        more = [room(1, length, dtype=torch.float32) for _ in range(2)]
-        state = (room(1, length, depth, dtype=torch.float32), more[0], more[1])
-    for first_pair in range(0, every, pairs):
-        some = min(pairs, every - first_pair)
-        for x, buffer in ((k, keys), (v, values)):
-            gather_rows(x, order.perm, buffer, first_pair, some)
-        made = lists(select, found, heads, first_pair, some, box)
-        for first_unit, these in runs(some, groups, units):
-            pair, group = divmod(first_unit, groups)
-            attend_kernel[(_processors(device),)](
-                q,
-                *described,
-                part_lse,
-                made.token,
-                made.word,
-                made.first,
-                made.item,
-                made.listed,
-                *q.stride()[:3],
-                heads,
-                length,
-                padded,
-                groups,
-                first_pair,
-                first_unit,
-                these,
-                scale,
-                BOX=box,
-                PER=turn,
-                STAGES=_KEPT // turn,
-                D=depth,
-                **LAUNCH,
-            )
-            merge_parts(
-                part,
-                part_lse,
-                made.place[first_unit:],
-                state,
-                out,
-                lse,
-                min(these, groups),
-                first_pair + pair,
-                max(1, these // groups),
-                first=group == 0,
-                last=group + these >= groups,
-            )
+    state = State.of(1, length, depth, device) if fits.runs > 1 else None
+    for first_pair in range(0, every, fits.pairs):
+        some = min(fits.pairs, every - first_pair)
+        made = lists(words, found, heads, first_pair, some, box, part)
+        for pair in range(0, some, fits.heads):
+            these = min(fits.heads, some - pair)
+            for x, buffer in ((k, keys), (v, values)):
+                gather_rows(x, order.perm, buffer, first_pair + pair, these)
+            for run in range(fits.runs):
+                attend_kernel[(_processors(device),)](
+                    q,
+                    *described,
+                    part_lse,
+                    made.token,
+                    made.word,
+                    made.first,
+                    made.item,
+                    made.listed,
+                    *q.stride()[:3],
+                    heads,
+                    length,
+                    padded,
+                    groups,
+                    first_pair,
+                    pair,
+                    these,
+                    run,
+                    fits.items,
+                    scale,
+                    BOX=box,
+                    PER=turn,
+                    STAGES=_KEPT // turn,
+                    D=depth,
+                    **LAUNCH,
+                )
+                merge_items(
+                    part,
+                    part_lse,
+                    made.place[pair * groups :],
+                    made.first[pair * groups :],
+                    state,
+                    out,
+                    lse,
+                    groups,
+                    first_pair + pair,
+                    these,
+                    run,
+                )
     return out, lse
 
 

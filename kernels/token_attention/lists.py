@@ -9,7 +9,7 @@ The host reads nothing: lists have room for every token, and what was found is c
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, Compact, Tiles, remembered, tiles
+from dit_accel.kernels.scan import larger
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.token_attention.sorting import sort
+from dit_accel.kernels.token_attention.sorting import specimens as of_sorting
+from dit_accel.kernels.word_bits import word_bit
+from dit_accel.kernels.words import Words, grouping
 
-BITS = 16
-"""Most blocks of a group."""
 ROWS = 128
 """Queries of a tile."""
 AHEAD = 8
@@ -30,128 +33,13 @@ ENTRY_BITS = 7
 """An entry is a box's length in so many bits, its block's bit in four more, and its start."""
 ITEM = 8
 """Numbers of an item: unit, tile, queries, boxes that all chose, boxes, where its list is."""
-_SORTED = 512
-"""Tokens that are sorted together."""
-_SCANNED = 4096
-"""Words whose tokens are counted together."""
 _CHUNK = 128
 """Boxes that are looked at together."""
-_BITS = tl.constexpr(BITS)
-_BINS = tl.constexpr(1 << BITS)
 _AHEAD = tl.constexpr(AHEAD)
 _ITEM = tl.constexpr(ITEM)
 _ENTRY = tl.constexpr(ENTRY_BITS)
 _START = tl.constexpr(START_BIT)
 _LENGTH = tl.constexpr((1 << LENGTH_BITS) - 1)
-
-
-@triton.jit
-def _bit_of(number):
-    """Blocks that are apart are bits that are neighbours: the highest tell most of a choice."""
-    return ((number & 1) << 3) | ((number & 2) << 1) | ((number & 4) >> 1) | ((number & 8) >> 3)
-
-
-@triton.jit
-def _code_of(word):
-    """A word's place in the Gray code."""
-    code = word ^ (word >> 1)
-    code = code ^ (code >> 2)
-    code = code ^ (code >> 4)
-    return code ^ (code >> 8)
-
-
-@triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "size", "first_pair"])
-def _words(
-    select_ptr, word_ptr, bin_ptr, select_b, select_h, select_l,
-    heads, length, groups, blocks, size, first_pair, BT: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    """For every group and token a word: which of the group's blocks the token chose.
-
-    And how many tokens have each word, by its place in the Gray code.
-    """
-    pair = tl.program_id(2).to(tl.int64)
-    b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
-    lane = tl.arange(0, BG * 16)
-    group, number = tl.program_id(1) * BG + lane // 16, lane % 16
-    column = group * size + number
-    known = (number < size) & (column < blocks)
-    mask = (token < length)[:, None] & known[None, :]
-    select_ptr += b * select_b + h * select_h
-    chosen = tl.load(
-        select_ptr + token.to(tl.int64)[:, None] * select_l + column[None, :], mask=mask, other=0
-    )
-    bits = (chosen != 0).to(tl.int32) << _bit_of(number)[None, :]
-    word = tl.sum(tl.reshape(bits, [BT, BG, 16]), 2)
-    group = tl.program_id(1) * BG + tl.arange(0, BG)
-    where = (pair * groups + group)[None, :] * length + token[:, None]
-    inside = (token < length)[:, None] & (group < groups)[None, :]
-    tl.store(word_ptr + where, word.to(tl.int16), mask=inside)
-    bins = (pair * groups + group)[None, :] * _BINS + _code_of(word)
-    tl.atomic_add(bin_ptr + bins, 1, mask=inside & (word != 0), sem="relaxed")
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _starts(bin_ptr, count_ptr, BT: tl.constexpr):
-    """Where the tokens of each word begin, from how many there are."""
-    unit = tl.program_id(0).to(tl.int64)
-    bin_ptr += unit * _BINS + tl.arange(0, BT)
-    count = 0
-    for first in range(0, _BINS, BT):
-        number = tl.load(bin_ptr + first)
-        tl.store(bin_ptr + first, count + tl.cumsum(number, 0) - number)
-        count += tl.sum(number, 0)
-    tl.store(count_ptr + unit, count)
-
-
-@triton.jit(do_not_specialize=["length", "padded"])
-def _sort(
-    word_ptr,
-    bin_ptr,
-    token_ptr,
-    sorted_ptr,
-    place_ptr,
-    length,
-    padded,
-    BT: tl.constexpr,
-    SHIFT: tl.constexpr,
-):
-    """The tokens of a group that chose something, in the order of their words."""
-    unit = tl.program_id(0).to(tl.int64)
-    word_ptr += unit * length
-    place_ptr += unit * length
-    token_ptr += unit * padded
-    sorted_ptr += unit * padded
-    bin_ptr += unit * _BINS
-    lane = tl.arange(0, BT)
-    for first in range(0, length, BT):
-        token = first + lane
-        word = tl.load(word_ptr + token, mask=token < length, other=0).to(tl.int32) & 0xFFFF
-        none = (token < length) & (word == 0)
-        tl.store(place_ptr + token, tl.full([BT], -1, tl.int32), mask=none)
-        key = tl.where(word != 0, _code_of(word), _BINS)
-        key = tl.sort((key << SHIFT) | lane)
-        code = key >> SHIFT
-        token = first + (key & (BT - 1))
-        some = code < _BINS
-        # those of one word, one after another, go where the last of them ended
-        before = tl.gather(code, tl.maximum(lane - 1, 0), 0)
-        behind = tl.gather(code, tl.minimum(lane + 1, BT - 1), 0)
-        start = tl.where((lane == 0) | (before != code), lane, 0)
-        rank = lane - tl.associative_scan(start, 0, _larger)
-        place = tl.load(bin_ptr + code, mask=some, other=0) + rank
-        tl.debug_barrier()
-        last = some & ((lane == BT - 1) | (behind != code))
-        tl.store(bin_ptr + code, place + 1, mask=last)
-        tl.store(token_ptr + place, token, mask=some)
-        tl.store(sorted_ptr + place, (code ^ (code >> 1)).to(tl.int16), mask=some)
-        tl.store(place_ptr + token, place, mask=some)
-        tl.debug_barrier()
 
 
 @triton.jit(
@@ -215,7 +103,7 @@ def _pack(
             inside = number < stop
             span = tl.load(span_ptr + number, mask=inside, other=0)
             block = tl.load(block_ptr + number, mask=inside, other=0) >> 4
-            bit = _bit_of(block - group * size)
+            bit = word_bit(block - group * size)
             taken = inside & (((some >> bit) & 1) != 0) & (span != 0)
             count = span & _LENGTH
             plain = (count == BOX) & (((every >> bit) & 1) != 0)
@@ -258,12 +146,6 @@ class Lists(NamedTuple):
     listed: Tensor
 
 
-def grouping(blocks: int) -> tuple[int, int]:
-    """How many groups so many blocks make, and how many blocks a group has at most."""
-    groups = -(-blocks // BITS)
-    return groups, -(-blocks // groups)
-
-
 def boxes_of(order: Compact, length: int, size: int, box: int) -> Boxes:
     """Boxes of up to ``box`` keys, of groups of ``size`` blocks; remembered."""
 
@@ -279,74 +161,51 @@ def boxes_of(order: Compact, length: int, size: int, box: int) -> Boxes:
 
 
 def bytes_of(length: int, blocks: int, box: int) -> int:
-    """What the lists of one head take."""
+    """What the lists of one head take, beside the counts that are sorted by."""
     groups, _ = grouping(blocks)
     rows = -(-length // ROWS)
-    kept: int = groups * (length * 6 + rows * ROWS * 6 + rows * ITEM * 4 + 4 * 2**BITS)
+    kept: int = groups * (length * 4 + rows * ROWS * 6 + rows * ITEM * 4)
     return kept + 4 * rows * (length // box + blocks + groups * AHEAD)
 
 
-def lists(select: Tensor, found: Boxes, heads: int, first_pair: int, pairs: int, box: int) -> Lists:
+def lists(
+    words: Words,
+    found: Boxes,
+    heads: int,
+    first_pair: int,
+    pairs: int,
+    box: int,
+    room_for_counts: Tensor | None = None,
+) -> Lists:
     """What some heads compute.
 
     Args:
-        select: bool ``[B|1, H|1, L, N]``, with a last stride of 1.
+        words: of ``[B|1, H|1, L, N]``.
         found: boxes of the keys.
         heads: ``H``.
         first_pair: ``b · H + h`` of the first head.
         pairs: how many.
         box: keys of a box, at most 64.
+        room_for_counts: memory that may be written to, of any dtype, contiguous.
     """
-    length, blocks = select.shape[2:]
+    _, _, length, blocks = words.shape
     groups, size = grouping(blocks)
     rows = triton.cdiv(length, ROWS)
     units, padded = pairs * groups, rows * ROWS
+    sorted_ = sort(words, heads, first_pair, pairs, padded, room_for_counts)
 
-    def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=select.device)
+    def room(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.int32, device=words.word.device)
 
-    chosen = room(units, length, dtype=torch.int16)
-    bins = torch.zeros(units, 2**BITS, dtype=torch.int32, device=select.device)
-    _words[(triton.cdiv(length, 128), triton.cdiv(groups, 2), pairs)](
-        select,
-        chosen,
-        bins,
-        *lead_strides(select),
-        select.stride(2),
-        heads,
-        length,
-        groups,
-        blocks,
-        size,
-        first_pair,
-        BT=128,
-        BG=2,
-        num_warps=4,
-    )
-    token, word = room(units, padded), room(units, padded, dtype=torch.int16)
-    place, count = room(units, length), room(units)
-    _starts[(units,)](bins, count, BT=_SCANNED, num_warps=8)
-    _sort[(units,)](
-        chosen,
-        bins,
-        token,
-        word,
-        place,
-        length,
-        padded,
-        BT=_SORTED,
-        SHIFT=_SORTED.bit_length() - 1,
-        num_warps=2,
-    )
     first = torch.nn.functional.pad(
-        ((count + ROWS - 1) // ROWS).cumsum(0, dtype=torch.int32), (1, 0)
+        ((sorted_.counts + ROWS - 1) // ROWS).cumsum(0, dtype=torch.int32), (1, 0)
     )
     item = room(units * rows, ITEM)
     total = found.tiles.span.shape[-1]
     listed = room(pairs * rows * (total + groups * AHEAD))
     _pack[(rows, units)](
-        word,
-        count,
+        sorted_.word,
+        sorted_.counts,
         first,
         found.tiles.block,
         found.tiles.span,
@@ -367,27 +226,13 @@ def lists(select: Tensor, found: Boxes, heads: int, first_pair: int, pairs: int,
         CHUNK=_CHUNK,
         num_warps=4,
     )
-    return Lists(token, word, place, first, item, listed)
+    return Lists(sorted_.token, sorted_.word, sorted_.place, first, item, listed)
 
 
 def specimens() -> list[Specimen]:
     """The kernels as they are launched."""
-    words = dict.fromkeys(("word_ptr", "sorted_ptr"), "*i16")
-    names = ("bin", "token", "place", "count", "first", "block", "span", "start", "item", "list")
-    types = {**words, **{f"{name}_ptr": "*i32" for name in names}, "select_ptr": "*i1"}
-    launches: list[tuple[Any, dict[str, Any], int]] = [
-        (_words, {"BT": 128, "BG": 2}, 4),
-        (_starts, {"BT": _SCANNED}, 8),
-        (_sort, {"BT": _SORTED, "SHIFT": _SORTED.bit_length() - 1}, 2),
-        (_pack, {"BOX": 16, "BM": ROWS, "CHUNK": _CHUNK}, 4),
-    ]
-    return [
-        Specimen(
-            kernel.__name__,
-            kernel,
-            typed(kernel, constants, **types),
-            constants,
-            {"num_warps": warps},
-        )
-        for kernel, constants, warps in launches
-    ]
+    constants = {"BOX": 16, "BM": ROWS, "CHUNK": _CHUNK}
+    names = ("count", "first", "block", "span", "start", "item", "list")
+    types = {"sorted_ptr": "*i16", **{f"{name}_ptr": "*i32" for name in names}}
+    signature = typed(_pack, constants, **types)
+    return [*of_sorting(), Specimen("_pack", _pack, signature, constants, {"num_warps": 4})]

@@ -14,6 +14,7 @@ from torch import Tensor
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.ragged import WORKSPACE_BYTES, order_of, pick, working_dtype
 from dit_accel.kernels.threads import num_workers, run_tasks
+from dit_accel.kernels.words import Words
 
 
 class _Rows:
@@ -48,7 +49,7 @@ def token_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    select: Tensor,
+    select: Tensor | Words,
     k_perm: Tensor,
     k_offsets: Tensor,
     key_valid: Tensor | None,
@@ -63,7 +64,7 @@ def token_attention(
 
     def one_head(b: int, h: int) -> None:
         order = order_of(k_perm, k_offsets, key_valid, b, h)
-        chosen = pick(select, b, h)
+        chosen = select.select(b, h) if isinstance(select, Words) else pick(select, b, h)
         rows = _Rows(q[b, h].to(work) * scale)
         keys = k[b, h].index_select(0, order.tokens).to(work)
         values = v[b, h].index_select(0, order.tokens).to(work)

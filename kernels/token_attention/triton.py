@@ -29,18 +29,19 @@ from dit_accel.kernels.gather import gather_rows
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import MOST_ROWS, compact
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.token_attention.merging import State, merge_parts
+from dit_accel.kernels.token_attention.merging import specimens as of_merging
+from dit_accel.kernels.token_attention.sorting import pack
 from dit_accel.kernels.tuning import SPACES
 from dit_accel.kernels.tuning import setting as tuned
+from dit_accel.kernels.word_bits import word_bit
+from dit_accel.kernels.words import Words, grouping
 
 LOG2E = tl.constexpr(1.4426950408889634)
 KEPT_BYTES = 2**30
 """What partials and lists may take."""
 _TILE = 512
 """Tokens that are sorted by one program."""
-_MERGED = 2
-"""Partials of a token that are read at once."""
-_COLUMNS = 32
-"""Blocks whose selection is read by one program."""
 
 
 def group_size(length: int, blocks: int) -> int:
@@ -48,13 +49,18 @@ def group_size(length: int, blocks: int) -> int:
     return next((n for n in (1, 2) if n * length >= 512 * blocks), 4)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "groups", "blocks", "first_pair", "first_group"])
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "length", "groups", "blocks", "first_pair", "first_group", "size"),
+        *("word_b", "word_h"),
+    ]
+)
 def _choices(
-    select_ptr,
+    word_ptr,
     choice_ptr,
-    select_b,
-    select_h,
-    select_l,
+    word_b,
+    word_h,
+    size,
     heads,
     length,
     groups,
@@ -63,25 +69,20 @@ def _choices(
     first_group,
     G: tl.constexpr,
     BT: tl.constexpr,
-    BG: tl.constexpr,
 ):
-    """For every group and token a byte: which of the group's blocks the token chose."""
-    pair = tl.program_id(2).to(tl.int64)
+    """For every group of ``G`` and token a byte: which of the group's blocks the token chose."""
+    pair, group = tl.program_id(2).to(tl.int64), tl.program_id(1)
     b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
     token = tl.program_id(0) * BT + tl.arange(0, BT)
-    first = tl.program_id(1) * BG
-    column = (first_group + first) * G + tl.arange(0, BG * G)
-    mask = (token < length)[:, None] & (column < blocks)[None, :]
-    select_ptr += b * select_b + h * select_h
-    chosen = tl.load(
-        select_ptr + token.to(tl.int64)[:, None] * select_l + column[None, :], mask=mask, other=0
-    )
-    bits = tl.reshape((chosen != 0).to(tl.int32), [BT, BG, G])
-    byte = tl.sum(bits << tl.arange(0, G)[None, None, :], 2)
-    group = first + tl.arange(0, BG)
-    where = (pair * groups + group)[None, :] * length + token[:, None]
-    inside = (token < length)[:, None] & (group < groups)[None, :]
-    tl.store(choice_ptr + where, byte.to(tl.uint8), mask=inside)
+    inside = token < length
+    word_ptr += b * word_b + h * word_h + token
+    byte = tl.zeros([BT], tl.int32)
+    for i in tl.static_range(G):
+        column = (first_group + group) * G + i
+        here = inside & (tl.full([BT], column, tl.int32) < blocks)
+        word = tl.load(word_ptr + (column // size).to(tl.int64) * length, mask=here, other=0)
+        byte |= ((word.to(tl.int32) >> word_bit(column % size)) & 1) << i
+    tl.store(choice_ptr + (pair * groups + group) * length + token, byte.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -221,126 +222,11 @@ def _attend(
     tl.store(lse_ptr + where, peak + tl.log2(total), mask=there)
 
 
-@triton.jit(do_not_specialize=["length", "rows", "groups", "first_pair"])
-def _merge(
-    part_ptr,
-    part_lse_ptr,
-    place_ptr,
-    acc_ptr,
-    peak_ptr,
-    total_ptr,
-    out_ptr,
-    lse_ptr,
-    length,
-    rows,
-    groups,
-    first_pair,
-    D: tl.constexpr,
-    BT: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    pair = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
-    inside = token < length
-    depth = tl.arange(0, D)
-    kept = pair * length + token
-    if FIRST:
-        acc = tl.zeros([BT, D], tl.float32)
-        peak = tl.full([BT], float("-inf"), tl.float32)
-        total = tl.zeros([BT], tl.float32)
-    else:
-        acc = tl.load(acc_ptr + kept[:, None] * D + depth[None, :], mask=inside[:, None], other=0.0)
-        peak = tl.load(peak_ptr + kept, mask=inside, other=0.0)
-        total = tl.load(total_ptr + kept, mask=inside, other=0.0)
-    for first in range(0, groups, AT_ONCE):
-        # several at once, since a partial is found only when its place is there
-        for i in tl.static_range(AT_ONCE):
-            group = first + i
-            unit = pair * groups + group
-            here = inside & (tl.full([BT], group, tl.int32) < groups)
-            place = tl.load(place_ptr + unit * length + token, mask=here, other=-1)
-            has = place >= 0
-            where = unit * rows + place
-            lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
-            part = tl.load(
-                part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0
-            )
-            new = tl.maximum(peak, lse)
-            base = tl.where(new == float("-inf"), 0.0, new)
-            fade, weight = tl.exp2(peak - base), tl.exp2(lse - base)
-            acc = acc * fade[:, None] + part.to(tl.float32) * weight[:, None]
-            total = total * fade + weight
-            peak = new
-    if LAST:
-        where = (first_pair + pair) * length + token
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(
-            out_ptr + where[:, None] * D + depth[None, :],
-            result.to(out_ptr.dtype.element_ty),
-            mask=inside[:, None],
-        )
-        tl.store(lse_ptr + where, (peak + tl.log2(total)) / LOG2E, mask=inside)
-    else:
-        tl.store(acc_ptr + kept[:, None] * D + depth[None, :], acc, mask=inside[:, None])
-        tl.store(peak_ptr + kept, peak, mask=inside)
-        tl.store(total_ptr + kept, total, mask=inside)
-
-
-def merge_parts(
-    part: Tensor,
-    part_lse: Tensor,
-    place: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
-    lse: Tensor,
-    groups: int,
-    first_pair: int,
-    pairs: int,
-    *,
-    first: bool,
-    last: bool,
-) -> None:
-    """Merge the partials of some heads' tokens.
-
-    Args:
-        part, part_lse: ``[U, R, D]`` and ``[U, R]``, log of the normaliser to the base 2.
-        place: int32 ``[U, L]``, which of the ``R`` is a token's, or -1.
-        state: what earlier groups made and later ones go on from: fp32 ``[P, L, D]``, ``[P, L]``
-            and ``[P, L]``; anything where these are all groups.
-        out, lse: ``[B, H, L, D]`` and ``[B, H, L]``, written with the last groups.
-        groups: of these heads, ``U = P · groups``.
-        first_pair: ``b · H + h`` of the first head.
-        pairs: how many.
-        first, last: whether no groups came before, and none come after.
-    """
-    length, depth = out.shape[2:]
-    _merge[(triton.cdiv(length, 32), pairs)](
-        part,
-        part_lse,
-        place,
-        *state,
-        out,
-        lse,
-        length,
-        part.shape[1],
-        groups,
-        first_pair,
-        D=depth,
-        BT=32,
-        AT_ONCE=_MERGED,
-        FIRST=first,
-        LAST=last,
-        num_warps=4,
-    )
-
-
 def token_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    select: Tensor,
+    select: Tensor | Words,
     k_perm: Tensor,
     k_offsets: Tensor,
     key_valid: Tensor | None,
@@ -356,11 +242,11 @@ def token_attention(
     if out.numel() == 0:
         return out, lse
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    select = select if select.stride(3) == 1 else select.contiguous()
+    words = select if isinstance(select, Words) else pack(select)
     if setting is None and _takes_hopper(q, scale):
         from dit_accel.kernels.token_attention import hopper
 
-        return hopper.token_attention(q, k, v, select, k_perm, k_offsets, key_valid, scale)
+        return hopper.token_attention(q, k, v, words, k_perm, k_offsets, key_valid, scale)
     tokens, bounds = compact(k_perm, k_offsets, key_valid)
 
     size = (setting or {}).get("G") or group_size(length, blocks)
@@ -384,13 +270,7 @@ def token_attention(
     part_lse = room(pairs * groups, length, dtype=torch.float32)
     choice = room(pairs * groups, length, dtype=torch.uint8)
     listed, place = room(pairs * groups, length), room(pairs * groups, length)
-    state = out, lse, lse  # stands in where there is no state
-    if groups < every:
-        state = (
-            room(pairs, length, depth, dtype=torch.float32),
-            room(pairs, length, dtype=torch.float32),
-            room(pairs, length, dtype=torch.float32),
-        )
+    state = State.of(pairs, length, depth, device) if groups < every else None
 
     for first_pair in range(0, batch * heads, pairs):
         some = min(pairs, batch * heads - first_pair)
@@ -399,16 +279,14 @@ def token_attention(
         for first_group in range(0, every, groups):
             these = min(groups, every - first_group)
             where = (heads, length, these, blocks, first_pair, first_group)
-            at_once = _COLUMNS // size
-            _choices[(triton.cdiv(length, 128), triton.cdiv(these, at_once), some)](
-                select,
+            _choices[(triton.cdiv(length, 1024), these, some)](
+                words.word,
                 choice,
-                *lead_strides(select),
-                select.stride(2),
+                *lead_strides(words.word),
+                grouping(blocks)[1],
                 *where,
                 G=size,
-                BT=128,
-                BG=at_once,
+                BT=1024,
                 num_warps=4,
             )
             count = room(some * these, bins * tiles)
@@ -461,23 +339,21 @@ def _takes_hopper(q: Tensor, scale: float) -> bool:
 def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
     data, word, real = f"*{dtype}", "*i32", "*fp32"
     types = {
-        **dict.fromkeys(("q_ptr", "out_ptr", "part_ptr"), data),
+        **dict.fromkeys(("q_ptr", "out_ptr"), data),
         **dict.fromkeys(("keys", "values"), f"tensordesc<{dtype}[64, {depth}]>"),
         **dict.fromkeys(("bound_ptr", "count_ptr", "end_ptr", "list_ptr", "place_ptr"), word),
-        **dict.fromkeys(("lse_ptr", "part_lse_ptr", "acc_ptr", "peak_ptr", "total_ptr"), real),
-        "select_ptr": "*i1",
+        "lse_ptr": real,
+        "word_ptr": "*i16",
         "choice_ptr": "*u8",
         "scale": "fp32",
     }
     bins = {"BINS": 2**size, "BT": _TILE}
     chosen = SPACES["token_attention"].half
     launches: list[tuple[Any, dict[str, Any], int]] = [
-        (_choices, {"G": size, "BT": 128, "BG": _COLUMNS // size}, 4),
+        (_choices, {"G": size, "BT": 1024}, 4),
         (_count, bins, 4),
         (_place, bins, 4),
         (_attend, {"D": depth, "G": size, **chosen.constants}, 8),
-        (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": True, "LAST": True}, 4),
-        (_merge, {"D": depth, "BT": 32, "AT_ONCE": _MERGED, "FIRST": False, "LAST": False}, 4),
     ]
     return [
         Specimen(
@@ -489,7 +365,7 @@ def _specimens(depth: int, dtype: str, size: int) -> list[Specimen]:
             aligned=("q_b", "q_h", "q_l"),
         )
         for kernel, constants, warps in launches
-    ]
+    ] + of_merging(depth, dtype)
 
 
 SPECIMENS = [*_specimens(64, "fp16", 4), *_specimens(128, "bf16", 1)]

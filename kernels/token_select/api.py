@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.backends import implementation, resolve, triton_refusal
+from dit_accel.kernels.words import Words
 
 
 def token_select(
@@ -22,7 +23,7 @@ def token_select(
     scope: Literal["head", "token"] = "head",
     mode: Literal["threshold", "topk"] = "threshold",
     backend: str = "auto",
-) -> Tensor:
+) -> Words:
     """The blocks with the largest gates ``g_nj = q_n·k̄_j``, as VMoBA selects (arXiv 2506.23858).
 
     Gates are min-max normalised over a head's pairs. A token's own block is always selected, and
@@ -43,7 +44,7 @@ def token_select(
             compares gates in 24 bits; a named one never falls back.
 
     Returns:
-        bool ``[B, H, L, Nk]``. Among equal gates the first token's, and the first block's, win.
+        ``[B, H, L, Nk]`` as `Words`. Among equal gates the first token's and the first block's win.
 
     Raises:
         ValueError: what was given does not fit.
@@ -79,5 +80,5 @@ def token_select(
     chosen = resolve(backend, q, ("auto", "reference", "triton"), refusal)
     run = implementation("token_select", chosen).token_select
     with torch.no_grad():
-        select: Tensor = run(q, k_mean, own, full, num_video, text_span, threshold, scope, mode)
+        select: Words = run(q, k_mean, own, full, num_video, text_span, threshold, scope, mode)
     return select

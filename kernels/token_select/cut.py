@@ -9,18 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.token_select.gates import TOP
+
 
 @triton.jit
-def summed_kernel(count_ptr, base_ptr, done_ptr, sum_ptr, CHUNK: tl.constexpr, COUNT: tl.constexpr):
-    """Sums of consecutive values, each as often as it was counted."""
+def summed_kernel(count_ptr, base_ptr, done_ptr, sum_ptr, CHUNK: tl.constexpr):
+    """Sums of consecutive values, each as often as it was counted, and how many they are."""
     pair, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     if tl.load(done_ptr + pair) != 0:
         return
     value = part * CHUNK + tl.arange(0, CHUNK)
     number = tl.load(count_ptr + pair * tl.num_programs(0) * CHUNK + value).to(tl.int64)
-    if not COUNT:
-        number *= value + tl.load(base_ptr + pair)
-    tl.store(sum_ptr + pair * tl.num_programs(0) + part, tl.sum(number, 0))
+    at = sum_ptr + (pair * tl.num_programs(0) + part) * 2
+    tl.store(at, tl.sum(number * (value + tl.load(base_ptr + pair)), 0))
+    tl.store(at + 1, tl.sum(number, 0))
 
 
 @triton.jit
@@ -83,27 +85,42 @@ def cut_kernel(
 ):  # fmt: skip
     """The smallest gate that is selected, and how many of its equals.
 
-    Where the values that were counted lie at a guess, it is done only if the cut is among them.
+    Where the values that were counted lie at a guess, it is done only if the cut is among them, and
+    if no gate lies where numbers end. The worth of a gate is how far it is above the least one.
     """
     pair = tl.program_id(0).to(tl.int64)
     if tl.load(done_ptr + pair) != 0:
         return
     if GUESSED:
-        lane = tl.arange(0, 4)
-        sums = tl.zeros([BT, 4], tl.int64)
+        lane = tl.arange(0, 8)
+        sums = tl.zeros([BT, 8], tl.int64)
+        ends = tl.full([BT, 8], TOP // 2, tl.int64)
         for first in range(0, tiles, BT):
             tile = first + tl.arange(0, BT)
-            mask = (tile < tiles)[:, None] & (lane < 3)[None, :]
-            where = (pair * tiles + tile)[:, None] * 3 + lane[None, :]
-            sums += tl.load(sum_ptr + where, mask=mask, other=0)
+            where = (pair * tiles + tile)[:, None] * 8 + lane[None, :]
+            read = tl.load(sum_ptr + where, mask=(tile < tiles)[:, None], other=0)
+            sums += read
+            read = tl.where((tile < tiles)[:, None], read, TOP // 2)
+            ends = tl.where((lane == 6)[None, :], tl.minimum(ends, read), tl.maximum(ends, read))
         found = tl.sum(sums, 0)
-        wanted = _wanted(tl.sum(tl.where(lane < 2, found, 0), 0), share_ptr, COUNT)
-        have = tl.sum(tl.where((lane == 0) | (lane == 2), found, 0), 0)
+        least = tl.sum(tl.where(lane == 6, tl.min(ends, 0), 0), 0)
+        most = tl.sum(tl.where(lane == 7, tl.max(ends, 0), 0), 0)
+        every = tl.sum(tl.where(lane == 0, found, 0), 0)
+        count = tl.sum(tl.where(lane == 3, found, 0), 0)
+        have = tl.sum(tl.where((lane == 1) | (lane == 2), found, 0), 0)
+        have_count = tl.sum(tl.where((lane == 4) | (lane == 5), found, 0), 0)
+        if (least == 0) | (most == TOP):
+            return
+        have = have_count if COUNT else have - least * have_count
+        wanted = _wanted(count if COUNT else every - least * count, share_ptr, COUNT)
     else:
         have, wanted = tl.load(have_ptr + pair), tl.load(wanted_ptr + pair)
+        least = tl.full([], 0, tl.int64)
     base = tl.load(base_ptr + pair)
     number = tl.arange(0, PARTS)
-    summed = tl.load(summed_ptr + pair * PARTS + number)
+    summed = tl.load(summed_ptr + (pair * PARTS + number) * 2 + 1)
+    if not COUNT:
+        summed = tl.load(summed_ptr + (pair * PARTS + number) * 2) - least * summed
     enough = (have + tl.sum(summed, 0)).to(tl.float64) >= wanted
     part, have = _boundary(summed, number, have, wanted, PARTS)
     if GUESSED and ((part == PARTS) | ((enough == 0) & (base > 0))):
@@ -112,11 +129,11 @@ def cut_kernel(
     some = tl.minimum(part, PARTS - 1)
     first = base + some * CHUNK
     counts = tl.load(count_ptr + (pair * PARTS + some) * CHUNK + value).to(tl.int64)
-    worth = counts if COUNT else counts * (first + value)
+    worth = counts if COUNT else counts * (first + value - least)
     digit, have = _boundary(worth, value, have, wanted, CHUNK)
     cut = first + digit
     # of those that equal the cut, as many as are reached before there is enough
-    each = (tl.full([], 1, tl.int64) if COUNT else cut).to(tl.float64)
+    each = (tl.full([], 1, tl.int64) if COUNT else cut - least).to(tl.float64)
     needed = tl.ceil((wanted - have) / tl.maximum(each, 1.0))
     needed = tl.where(each > 0, needed, every.to(tl.float64))
     needed = tl.where((part < PARTS) & (digit < CHUNK), needed, 0.0)
@@ -135,13 +152,16 @@ class State(NamedTuple):
     cut: Tensor  # int64
     needed: Tensor  # int64
     zero: Tensor  # int64
+    least: Tensor  # int64, the number of the least gate that was looked at
     done: Tensor  # int32
     share: Tensor  # fp64 [1], the threshold
 
     @classmethod
     def of(cls, pairs: int, threshold: float, device: torch.device) -> State:
-        base, have, cut, needed, zero = torch.zeros(5, pairs, dtype=torch.int64, device=device)
+        base, have, cut, needed, zero, least = torch.zeros(
+            6, pairs, dtype=torch.int64, device=device
+        )
         wanted = torch.empty(pairs, dtype=torch.float64, device=device)
         done = torch.zeros(pairs, dtype=torch.int32, device=device)
         share = torch.full((1,), threshold, dtype=torch.float64, device=device)
-        return cls(base, have, wanted, cut, needed, zero, done, share)
+        return cls(base, have, wanted, cut, needed, zero, least, done, share)

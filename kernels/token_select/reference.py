@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.ragged import pick
+from dit_accel.kernels.words import Words
 
 
 def token_select(
@@ -20,13 +21,13 @@ def token_select(
     threshold: float,
     scope: Literal["head", "token"],
     mode: Literal["threshold", "topk"],
-) -> Tensor:
+) -> Words:
     batch, heads, length, _ = q.shape
     select = torch.ones(batch, heads, length, k_mean.shape[2], dtype=torch.bool, device=q.device)
     places = torch.arange(length, device=q.device)
     tokens = torch.cat([places[: text_span[0]], places[text_span[1] :]])
     if num_video == 0 or tokens.numel() == 0:
-        return select
+        return Words.of(select)
     for b in range(batch):
         for h in range(heads):
             query = q[b, h, tokens].to(k_mean.dtype)
@@ -34,7 +35,7 @@ def token_select(
             mine = pick(own, b, h)[tokens]
             some = pick(full, b, h)[:num_video]
             select[b, h, tokens, :num_video] = _choose(gate, mine, some, threshold, scope, mode)
-    return select
+    return Words.of(select)
 
 
 def _choose(

@@ -21,69 +21,45 @@ from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.token_select.choose import select_kernel, settle_kernel
 from dit_accel.kernels.token_select.cut import State, cut_kernel, digit_kernel, summed_kernel
+from dit_accel.kernels.token_select.gates import BITS, TOP, gates, tokens
+from dit_accel.kernels.words import Words, grouping
 
-BITS = 24
-TOP = tl.constexpr(2**BITS - 1)
 _BINS = 16
 _TAIL = 16
 """Bits that the last pass of the search counts."""
-_AROUND = 19
+_AROUND = 18
 """Bits of the values that are counted around the guess."""
 _CHUNK = 4096
 """Values whose counts are summed by one program."""
 _SAMPLES = ((17, 1 << 14), (5, 1 << 12), (1, 0))
 """Every which token the guess looks at, from how many tokens on."""
+_MARGIN = 0.25
+"""How far beyond the range of their gates others may lie, as a share of it."""
 
 
-@triton.jit
-def _gates(query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale,
-           D: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """Gates ``[BM, BN]`` as whole numbers, or as they are if ``scale`` is 0; which blocks count."""
-    column = first + tl.arange(0, BN)
-    depth = tl.arange(0, D)
-    inside = column < columns
-    where = column[None, :] * D + depth[:, None]
-    mean = tl.load(mean_ptr + where, mask=inside[None, :], other=0.0)
-    gate = tl.dot(query, mean, input_precision="ieee")
-    if SPLIT:
-        fine = tl.load(fine_ptr + where, mask=inside[None, :], other=0.0)
-        gate = tl.dot(query, fine, gate)
-    full = tl.load(full_ptr + column, mask=inside, other=0) != 0
-    number = tl.minimum(tl.maximum((gate - low) * scale + 0.5, 0.0), TOP).to(tl.int32)
-    return gate, number, column, full
-
-
-@triton.jit
-def _tokens(q_ptr, q_l, start, stop, length, step, D: tl.constexpr, BM: tl.constexpr):
-    """A tile of queries, every ``step``-th, and which of them select."""
-    token = (tl.program_id(0) * BM + tl.arange(0, BM)) * step
-    there = (token < length) & ((token < start) | (token >= stop))
-    depth = tl.arange(0, D)
-    query = tl.load(
-        q_ptr + token.to(tl.int64)[:, None] * q_l + depth[None, :], mask=there[:, None], other=0.0
-    )
-    return token, there, query
-
-
-@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
+@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop", "step"])
 def _range(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, low_ptr, high_ptr,
-    q_b, q_h, q_l, full_b, full_h, heads, length, blocks, columns, start, stop,
+    q_ptr, mean_ptr, fine_ptr, full_ptr, done_ptr, low_ptr, high_ptr,
+    q_b, q_h, q_l, full_b, full_h, heads, length, blocks, columns, start, stop, step,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The least and the largest gate of a tile of tokens."""
+    """The least and the largest gate of a tile of tokens, every ``step``-th."""
     pair = tl.program_id(1).to(tl.int64)
+    if tl.load(done_ptr + pair) != 0:
+        return
     b, h = pair // heads, pair % heads
-    _token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    _token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, step, D, BM)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
     low = tl.full([BM], float("inf"), tl.float32)
     high = tl.full([BM], float("-inf"), tl.float32)
     for first in range(0, columns, BN):
-        gate, _number, _column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, 0.0, 0.0, D, BN, SPLIT
+        column = first + tl.arange(0, BN)
+        gate, _number, full = gates(
+            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, 0.0, 0.0, D, SPLIT
         )
         counts = there[:, None] & full[None, :]
         low = tl.minimum(low, tl.min(tl.where(counts, gate, float("inf")), 1))
@@ -97,7 +73,7 @@ def _range(
     do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop", "shift", "step"]
 )
 def _digits(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, done_ptr, sum_ptr,
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, least_ptr, base_ptr, done_ptr, sum_ptr,
     q_b, q_h, q_l, full_b, full_h, own_b, own_h,
     heads, length, blocks, columns, start, stop, shift, step,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
@@ -108,21 +84,22 @@ def _digits(
     if tl.load(done_ptr + pair) != 0:
         return
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, step, D, BM)
+    token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, step, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
     low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
-    base = tl.load(base_ptr + pair).to(tl.int32)
+    base, least = tl.load(base_ptr + pair).to(tl.int32), tl.load(least_ptr + pair).to(tl.int32)
     lane = tl.arange(0, 2 * BINS)
     sums = tl.zeros([BM, 2 * BINS], tl.int64)
     for first in range(0, columns, BN):
-        _gate, number, column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
+        column = first + tl.arange(0, BN)
+        _gate, number, full = gates(
+            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
         )
         counts = there[:, None] & full[None, :]
-        worth = tl.where(counts, 1 if COUNT else number, 0)
+        worth = tl.where(counts, 1 if COUNT else number - least, 0)
         mine = column[None, :] == own[:, None]
         digit = tl.where(mine | (number < base), 2 * BINS, (number - base) >> shift)
         total = tl.sum(worth, 1)
@@ -149,7 +126,7 @@ def _tails(
     if tl.load(done_ptr + pair) != 0:
         return
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
@@ -158,8 +135,9 @@ def _tails(
     base = tl.load(base_ptr + pair).to(tl.int32)
     count_ptr += pair << TAIL
     for first in range(0, columns, BN):
-        _gate, number, column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
+        column = first + tl.arange(0, BN)
+        _gate, number, full = gates(
+            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
         )
         some = there[:, None] & full[None, :] & (column[None, :] != own[:, None])
         some = some & (number >= base) & (number - base < 1 << TAIL)
@@ -174,13 +152,14 @@ def _around(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
     COUNT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """How many gates there are of each value from ``base`` on, and sums of a tile.
+    """How many gates there are of each value from ``base`` on, and sums and counts of a tile.
 
-    Of own blocks, of others, and of others beyond the values that are counted.
+    Of all blocks, of own ones, and of others beyond the values that are counted; then the least and
+    the largest value of all.
     """
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
     own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
@@ -188,102 +167,45 @@ def _around(
     low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
     base = tl.load(base_ptr + pair).to(tl.int32)
     count_ptr += pair << BITS
-    have = tl.zeros([BM], tl.int64)
-    others = tl.zeros([BM], tl.int64)
-    above = tl.zeros([BM], tl.int64)
+    have = tl.full([BM], -1, tl.int32)  # a token has one own block
+    every, columns_full = tl.zeros([BM], tl.int64), 0
+    above, above_count = tl.zeros([BM], tl.int64), tl.zeros([BM], tl.int32)
+    least = tl.full([BM], TOP + 1, tl.int32)
+    most = tl.full([BM], -1, tl.int32)
     for first in range(0, columns, BN):
-        _gate, number, column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
+        column = first + tl.arange(0, BN)
+        _gate, number, full = gates(
+            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
         )
         mine = column[None, :] == own[:, None]
         some = full[None, :] & there[:, None]
-        worth = tl.where(some, 1 if COUNT else number, 0)
-        mine_only = tl.where(mine, worth, 0)
-        have += tl.sum(mine_only, 1).to(tl.int64)
-        worth -= mine_only
-        others += tl.sum(worth, 1).to(tl.int64)
+        least = tl.minimum(least, tl.min(tl.where(some, number, TOP + 1), 1))
+        most = tl.maximum(most, tl.max(tl.where(some, number, -1), 1))
         beyond = number - base
-        above += tl.sum(tl.where(beyond >= 1 << BITS, worth, 0), 1).to(tl.int64)
-        inside = some & (mine == 0) & (beyond >= 0) & (beyond < 1 << BITS)
+        every += tl.sum(tl.where(some, number, 0), 1).to(tl.int64)
+        columns_full += tl.sum((full & (column < columns)).to(tl.int32), 0)
+        have = tl.maximum(have, tl.max(tl.where(some & mine, number, -1), 1))
+        some = some & (mine == 0)
+        far = some & (beyond >= 1 << BITS)
+        above += tl.sum(tl.where(far, number, 0), 1).to(tl.int64)
+        above_count += tl.sum(far.to(tl.int32), 1)
+        inside = some & (beyond >= 0) & (beyond < 1 << BITS)
         tl.atomic_add(count_ptr + beyond, 1, mask=inside, sem="relaxed")
-    at = sum_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * 3
-    tl.store(at, tl.sum(have, 0))
-    tl.store(at + 1, tl.sum(others, 0))
+    at = sum_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * 8
+    tl.store(at, tl.sum(every, 0))
+    tl.store(at + 1, tl.sum(tl.maximum(have, 0).to(tl.int64), 0))
     tl.store(at + 2, tl.sum(above, 0))
+    tl.store(at + 3, tl.sum(there.to(tl.int64), 0) * columns_full)
+    tl.store(at + 4, tl.sum((have >= 0).to(tl.int64), 0))
+    tl.store(at + 5, tl.sum(above_count, 0).to(tl.int64))
+    tl.store(at + 6, tl.min(least, 0).to(tl.int64))
+    tl.store(at + 7, tl.max(most, 0).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
-def _select(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, out_ptr,
-    q_b, q_h, q_l, full_b, full_h, own_b, own_h,
-    heads, length, blocks, columns, start, stop, wide,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """What is above the cut, text and own blocks; how many gates of a tile equal the cut."""
-    pair = tl.program_id(1).to(tl.int64)
-    b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
-    mean_ptr += pair * blocks * D
-    fine_ptr += pair * blocks * D
-    full_ptr += b * full_b + h * full_h
-    low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
-    cut = tl.load(base_ptr + pair).to(tl.int32)
-    out_ptr += (pair * length + token)[:, None] * wide
-    ties = tl.zeros([BM], tl.int32)
-    for first in range(0, blocks, BN):
-        _gate, number, column, full = _gates(
-            query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
-        )
-        mine = column[None, :] == own[:, None]
-        can = there[:, None] & full[None, :]
-        ties += tl.sum((can & (mine == 0) & (number == cut)).to(tl.int32), 1)
-        # text selects everything, and everything selects text
-        text = (column >= columns)[None, :] | (there[:, None] == 0)
-        taken = (can & (number > cut)) | mine | text
-        mask = (token < length)[:, None] & (column < wide)[None, :]
-        tl.store(out_ptr + column[None, :], taken.to(tl.int8), mask=mask)
-    tl.store(tie_ptr + pair * tl.num_programs(0) + tl.program_id(0), tl.sum(ties, 0))
-
-
-@triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
-def _settle(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, before_ptr,
-    room_ptr, out_ptr, q_b, q_h, q_l, full_b, full_h, own_b, own_h,
-    heads, length, blocks, columns, start, stop, wide,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Of the gates that equal the cut, as many as there is room for, the first ones."""
-    pair = tl.program_id(1).to(tl.int64)
-    where = pair * tl.num_programs(0) + tl.program_id(0)
-    before, room = tl.load(before_ptr + where), tl.load(room_ptr + pair)
-    if (tl.load(tie_ptr + where) == 0) | (before >= room):
-        return
-    b, h = pair // heads, pair % heads
-    token, there, query = _tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
-    mean_ptr += pair * blocks * D
-    fine_ptr += pair * blocks * D
-    full_ptr += b * full_b + h * full_h
-    low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
-    cut = tl.load(base_ptr + pair).to(tl.int32)
-    out_ptr += (pair * length + token)[:, None] * wide
-    rank = tl.zeros([BM], tl.int64)
-    for part in tl.static_range(2):
-        ties = tl.zeros([BM], tl.int32)
-        for first in range(0, columns, BN):
-            _gate, number, column, full = _gates(
-                query, mean_ptr, fine_ptr, full_ptr, first, columns, low, scale, D, BN, SPLIT
-            )
-            tie = there[:, None] & full[None, :] & (column[None, :] != own[:, None])
-            tie = (tie & (number == cut)).to(tl.int32)
-            if part == 1:
-                place = (rank + ties)[:, None] + tl.cumsum(tie, 1) - tie
-                taken = (tie > 0) & (place < room)
-                tl.store(out_ptr + column[None, :], taken.to(tl.int8), mask=taken)
-            ties += tl.sum(tie, 1)
-        if part == 0:
-            rank = before + tl.cumsum(ties, 0) - ties
+_NARROW = [_digits, _around, _tails, select_kernel, settle_kernel]
+"""Kernels that take 32 blocks at once, whatever the others take."""
+_OPTIONS = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
+"""Two programs share a processor."""
 
 
 def token_select(
@@ -296,19 +218,19 @@ def token_select(
     threshold: float,
     scope: Literal["head", "token"],
     mode: Literal["threshold", "topk"],
-) -> Tensor:
-    length = q.shape[2]
+) -> Words:
+    batch, heads, length, _ = q.shape
     if num_video == 0 or length <= text_span[1] - text_span[0]:
-        return torch.ones(*q.shape[:3], k_mean.shape[2], dtype=torch.bool, device=q.device)
+        return Words.full((batch, heads, length, k_mean.shape[2]), q.device)
     q = q if q.stride(3) == 1 else q.contiguous()
     split = q.dtype != torch.float32
     mean = k_mean.contiguous().to(q.dtype)
     fine = (k_mean - mean.float()).to(q.dtype) if split else mean
     fine, full, own = fine.contiguous(), full.contiguous(), own.contiguous()
-    gates = _Gates(q, mean, fine, own, full, num_video, text_span, split)
+    passes = _Gates(q, mean, fine, own, full, num_video, text_span, split)
     count = mode == "topk"
-    base, needed = gates.cut(threshold, count)
-    return gates.selected(base, needed)
+    base, needed = passes.cut(threshold, count)
+    return passes.selected(base, needed)
 
 
 class _Gates:
@@ -334,15 +256,33 @@ class _Gates:
         start, stop = text_span if text_span[1] > text_span[0] else (self.length, self.length)
         sizes = (self.heads, self.length, self.blocks, num_video, start, stop)
         strides = (*q.stride()[:3], *lead_strides(full))
-        ends = self.room(2, self.pairs, self.tiles, dtype=torch.float32)
-        self.launch(_range, ends[0], ends[1], *strides, *sizes)
+        self.own, self.scale = own, torch.zeros(self.pairs, 2, device=self.device)
+        self.range_of = (*strides, *sizes)
+        self.where = (*strides, *lead_strides(own), *sizes)
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        return self.own, self.scale
+
+    def _range(self, state: State, step: int, margin: float) -> None:
+        """What gates of 0 and of the largest number are, and which number the least one is.
+
+        Args:
+            state: heads that are done stay as they are.
+            step: every which token is looked at.
+            margin: what is left on both sides, as a share of the range that was found.
+        """
+        tiles = triton.cdiv(triton.cdiv(self.length, step), self.tile[0])
+        ends = self.room(2, self.pairs, tiles, dtype=torch.float32)
+        self.launch(_range, state.done, ends[0], ends[1], *self.range_of, step, step=step)
         low, high = ends[0].amin(-1), ends[1].amax(-1)
         span = high - low
-        scale = torch.stack(
-            [torch.where(span > 0, low, 0.0), torch.where(span > 0, TOP.value / span, 0.0)], -1
-        )
-        self.kept = own, scale.contiguous()
-        self.where = (*strides, *lead_strides(own), *sizes)
+        scale = torch.where(span > 0, TOP.value / (span * (1 + 2 * margin)), 0.0)
+        low = torch.where(span > 0, low - margin * span, 0.0)
+        found, done = torch.stack([low, scale], -1), state.done != 0
+        self.scale = torch.where(done[:, None], self.scale, found)
+        least = (margin * span * scale + 0.5).nan_to_num(0.0, 0.0, 0.0)
+        state.least.copy_(torch.where(done, state.least, least.long()))
 
     def room(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)
@@ -354,10 +294,9 @@ class _Gates:
             *rest,
             D=self.depth,
             BM=self.tile[0],
-            BN=32 if kernel in (_around, _tails, _settle) else self.tile[1],
+            BN=32 if kernel in _NARROW else self.tile[1],
             SPLIT=self.split,
-            num_warps=8 if self.split else 4,
-            num_stages=2,
+            **(_OPTIONS if self.split else {"num_warps": 4, "num_stages": 2}),
             **constants,
         )
 
@@ -365,11 +304,14 @@ class _Gates:
         """The smallest gate that is selected, and how many of its equals: int64 ``[P]``."""
         state = State.of(self.pairs, threshold, self.device)
         # about where the cut is, to 8 bits, and what is counted around there
-        self._digits(state, count, next(step for step, least in _SAMPLES if self.length >= least))
+        step = next(step for step, least in _SAMPLES if self.length >= least)
+        self._range(state, step, _MARGIN)
+        self._digits(state, count, step)
         state.base.add_((1 << (BITS - 9)) - (1 << (_AROUND - 1))).clamp_(min=0)
-        sums = self.room(self.pairs, self.tiles, 3, dtype=torch.int64)
+        sums = self.room(self.pairs, self.tiles, 8, dtype=torch.int64)
         self._last(state, count, _around, sums, _AROUND)
         # where the guess was wrong
+        self._range(state, 1, 0.0)
         self._digits(state, count, 1)
         self._last(state, count, _tails, sums, _TAIL)
         return state.cut, state.needed
@@ -383,6 +325,7 @@ class _Gates:
             self.launch(
                 _digits,
                 *self.kept,
+                state.least,
                 state.zero if first else state.base,
                 state.done,
                 sums,
@@ -420,9 +363,9 @@ class _Gates:
             )
         else:
             self.launch(_tails, *self.kept, state.base, state.done, counts, *self.where, TAIL=bits)
-        summed = self.room(self.pairs, parts, dtype=torch.int64)
+        summed = self.room(self.pairs, parts, 2, dtype=torch.int64)
         summed_kernel[(parts, self.pairs)](
-            counts, state.base, state.done, summed, CHUNK=_CHUNK, COUNT=count, num_warps=4
+            counts, state.base, state.done, summed, CHUNK=_CHUNK, num_warps=4
         )
         cut_kernel[(self.pairs,)](
             counts,
@@ -445,15 +388,16 @@ class _Gates:
             num_warps=4,
         )
 
-    def selected(self, base: Tensor, needed: Tensor) -> Tensor:
-        """bool ``[B, H, L, Nk]``, its rows at multiples of 16 bytes."""
+    def selected(self, base: Tensor, needed: Tensor) -> Words:
+        """What is above the cut, and of its equals the first."""
         ties = self.room(self.pairs, self.tiles, dtype=torch.int32)
-        wide = triton.cdiv(self.blocks, 16) * 16
-        select = self.room(self.batch, self.heads, self.length, wide, dtype=torch.int8)
-        self.launch(_select, *self.kept, base, ties, select, *self.where, wide)
+        groups, size = grouping(self.blocks)
+        word = self.room(self.batch, self.heads, groups, self.length, dtype=torch.int16)
+        sizes = (*self.where, groups, size)
+        self.launch(select_kernel, *self.kept, base, ties, word, *sizes)
         before = ties.cumsum(-1, dtype=torch.int64) - ties
-        self.launch(_settle, *self.kept, base, ties, before, needed, select, *self.where, wide)
-        return select[..., : self.blocks].view(torch.bool)
+        self.launch(settle_kernel, *self.kept, base, ties, before, needed, word, *sizes)
+        return Words(word, self.blocks)
 
 
 def _specimens(depth: int, dtype: str) -> list[Specimen]:
@@ -461,24 +405,26 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
     types = {
         **dict.fromkeys(("q_ptr", "mean_ptr", "fine_ptr"), data),
         **dict.fromkeys(("low_ptr", "high_ptr", "scale_ptr"), "*fp32"),
-        **dict.fromkeys(("own_ptr", "base_ptr", "sum_ptr", "before_ptr", "room_ptr"), "*i64"),
+        **dict.fromkeys(
+            ("own_ptr", "base_ptr", "sum_ptr", "least_ptr", "before_ptr", "room_ptr"), "*i64"
+        ),
         **dict.fromkeys(("have_ptr", "cut_ptr", "needed_ptr", "summed_ptr"), "*i64"),
         **dict.fromkeys(("wanted_ptr", "share_ptr"), "*fp64"),
         **dict.fromkeys(("count_ptr", "tie_ptr", "done_ptr"), "*i32"),
-        **dict.fromkeys(("full_ptr", "select_ptr"), "*i1"),
-        "out_ptr": "*i8",
+        "full_ptr": "*i1",
+        "word_ptr": "*i16",
     }
     tile: dict[str, Any] = {"D": depth, "BM": 128, "BN": 64, "SPLIT": True}
     kernels: list[tuple[Any, dict[str, Any]]] = [
         (_range, tile),
-        (_digits, tile | {"COUNT": False, "BINS": _BINS}),
+        (_digits, tile | {"BN": 32, "COUNT": False, "BINS": _BINS}),
         (_around, tile | {"BN": 32, "COUNT": False, "BITS": _AROUND}),
-        (summed_kernel, {"COUNT": False, "CHUNK": _CHUNK}),
+        (summed_kernel, {"CHUNK": _CHUNK}),
         (digit_kernel, {"COUNT": False, "FIRST": True, "BINS": _BINS, "BT": 32}),
-        (cut_kernel, {"COUNT": False, "GUESSED": True, "PARTS": 128, "CHUNK": _CHUNK, "BT": 32}),
+        (cut_kernel, {"COUNT": False, "GUESSED": True, "PARTS": 64, "CHUNK": _CHUNK, "BT": 32}),
         (_tails, tile | {"BN": 32, "TAIL": _TAIL}),
-        (_select, tile),
-        (_settle, tile | {"BN": 32}),
+        (select_kernel, tile | {"BN": 32}),
+        (settle_kernel, tile | {"BN": 32}),
     ]
     return [
         Specimen(
@@ -486,8 +432,8 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
             kernel,
             typed(kernel, constants, **types),
             constants,
-            {"num_warps": 8, "num_stages": 2},
-            aligned=("q_b", "q_h", "q_l", "wide", "select_b", "select_h", "select_l"),
+            _OPTIONS,
+            aligned=("q_b", "q_h", "q_l"),
         )
         for kernel, constants in kernels
     ]

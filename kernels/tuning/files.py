@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
+from dit_accel.kernels.atomic import write_text
 from dit_accel.kernels.tuning.spaces import OPTIONS, SPACES, Kind, Setting
 
 FORMAT: Final = 1
@@ -150,12 +151,7 @@ def write(path: Path, table: Table) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(_text(table), encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, _text(table))
 
 
 def _text(table: Table) -> str:

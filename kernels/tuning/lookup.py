@@ -19,7 +19,7 @@ from torch import Tensor
 from dit_accel.kernels.tuning import files
 from dit_accel.kernels.tuning.spaces import SPACES, Kind, Setting
 
-_overrides: dict[str, Setting] = {}
+_overrides: dict[str, tuple[Setting, list[str]]] = {}
 
 
 def setting(op: str, like: Tensor, tokens: int) -> Setting:
@@ -34,18 +34,25 @@ def setting(op: str, like: Tensor, tokens: int) -> Setting:
         ValueError: a file of settings is there and cannot be read; the message names it.
     """
     if _overrides and op in _overrides:
-        return _overrides[op]
+        chosen, asked = _overrides[op]
+        asked.append(op)
+        return chosen
     kind: Kind = "half" if like.dtype.itemsize <= 2 else "float"
     return _chosen(op, architecture_of(like.device), like.shape[-1], kind, tokens)
 
 
 @contextlib.contextmanager
-def overridden(op: str, chosen: Setting) -> Iterator[None]:
-    """Launch a kernel in this way, for measurements. For one thread."""
+def overridden(op: str, chosen: Setting) -> Iterator[list[str]]:
+    """Launch a kernel in this way, for measurements. For one thread.
+
+    Gives a list that grows with every launch that asked: it stays empty where a device has another
+    kernel for the operation, which is launched in a way of its own.
+    """
     before = _overrides.get(op)
-    _overrides[op] = chosen
+    asked: list[str] = []
+    _overrides[op] = chosen, asked
     try:
-        yield
+        yield asked
     finally:
         del _overrides[op]
         if before is not None:

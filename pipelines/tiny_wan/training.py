@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.atomic import replace_with
+
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -93,17 +95,13 @@ def save_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     ema: dict[str, Tensor] | None = None,
 ) -> None:
-    part = path.with_suffix(".part")
-    torch.save(
-        {
-            "step": step,
-            "modules": {name: m.state_dict() for name, m in modules.items()},
-            "optimizers": [o.state_dict() for o in optimizers],
-            "ema": ema,
-        },
-        part,
-    )
-    part.replace(path)
+    kept = {
+        "step": step,
+        "modules": {name: m.state_dict() for name, m in modules.items()},
+        "optimizers": [o.state_dict() for o in optimizers],
+        "ema": ema,
+    }
+    replace_with(path, lambda part: torch.save(kept, part))
 
 
 def load_checkpoint(

@@ -6,7 +6,8 @@ import torch
 import dit_accel
 from dit_accel import Method, State, presets
 from dit_accel.cluster import KMeans
-from dit_accel.error_route import ErrorAware, choose_within
+from dit_accel.error_route import ErrorAware
+from dit_accel.kernels.error_probe import choose_within
 from dit_accel.layout import Cyclic, Gilbert, Raster, Tile3D
 from dit_accel.rest import Centroid, Drop, Moment, Taylor
 from dit_accel.route import PooledScore

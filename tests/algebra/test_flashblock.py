@@ -182,8 +182,8 @@ def test_plans_count_as_well(name):
     blocked = inner.layout(q, k, v, ctx)
     plan = inner.route(blocked, inner.rest, ctx)
     per_head = 2 * 2 * 105 * 8 * 2 + 2 * 2 * 4 * (5 + 10) if name == "svg_ear" else 0
-    of_plan = plan.select if name == "vmoba" else plan.code
-    expected = per_head + of_plan.numel()
+    of_plan = plan.chosen.word if name == "vmoba" else plan.code
+    expected = per_head + of_plan.numel() * of_plan.element_size()
     assert Frozen(blocked.queries, blocked.keys, plan).bytes == expected
     need = (partial_bytes(q) + expected) / 2**30
     for share, fits in ((1.0001, True), (0.999, False)):

@@ -135,7 +135,7 @@ def test_the_probe_does_not_overflow():
 
 @pytest.mark.parametrize("density", [0.01, 0.22, 0.6, 1.0])
 def test_the_budget_is_greedy(oracle, density):
-    from dit_accel.error_route import choose_within
+    from dit_accel.kernels.error_probe import choose_within
 
     generator = torch.Generator().manual_seed(4)
     error = torch.rand(1, 2, 5, 9, generator=generator, dtype=torch.float64)

@@ -21,6 +21,7 @@ def test_bench_pipeline(cli, tmp_path):
     assert record["versions"]["diffusers"]
     assert record["methods"]["pisa"]["options"]["density"] == 0.3
     assert record["methods"]["svg_ear"]["options"]["density"] == 0.5
+    assert {one["options"]["dense_below"] for one in record["methods"].values()} == {0}
     model = record["models"]["tiny"]
     assert list(model["whole"]["methods"]) == ["dense", "pisa", "svg_ear"]
     for word in ("4 (from 1 and 2)", "warm (49 of 50)", "mean of 50", "norms and rotary"):
@@ -62,6 +63,47 @@ def test_bad_input_of_tune_kernels(cli, words, message):
     code, _, err = cli("tune-kernels", *words)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "pisa,dense"], "methods: expected some of pisa, pisa_moment, svg_ear, "),
+        (["--shape", "wan"], "shape: expected some of wan14b, wan1.3b"),
+    ],
+)
+def test_bad_input_of_bench_first_use(cli, words, message):
+    code, _, err = cli("bench", "first-use", *words)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1, err
+
+
+def test_bench_first_use_writes_what_it_found(cli, tmp_path, monkeypatch):
+    from dit_accel.eval import bench_first_use
+
+    def process(name, shape, device, cache):
+        if name == "psa":
+            return {"error": "RuntimeError: out of registers"}
+        kernels = {"compiled": 2, "seconds": 7.0, "slowest": ("attend_kernel", 5.0)}
+        return {**dict.fromkeys(("imports", "start", "first", "again"), 3.0), "kernels": kernels}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_first_use, "in_a_process", process)
+    words = ["bench", "first-use", "--methods", "pisa,psa", "--shape", "flux", "--out", "run.json"]
+    code, out, _ = cli(*words)
+    assert code == 1, "psa failed"
+    assert "RuntimeError: out of registers" in out
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["shape"], record["rows"][0]["cold"]["first"]) == ("flux", 3.0)
+    assert record["command"][:3] == ["dit-accel", "bench", "first-use"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bench_first_use_needs_a_gpu(cli):
+    code, _, err = cli("bench", "first-use")
+    assert code == 2
+    assert err == "error: device: expected a GPU, which kernels are compiled for, got none\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -108,3 +108,28 @@ def test_unknown_names_are_told(capsys):
         with pytest.raises(SystemExit):
             bench_kernels.main(words)
         assert message in capsys.readouterr().err
+
+
+def test_groups_of_heads_beside_all_at_once(monkeypatch):
+    from dit_accel.eval.method_cases import head_group_cases
+    from dit_accel.kernels.block_attention import groups
+    from dit_accel.method import Method
+
+    seen = []
+    real = Method.__call__
+    monkeypatch.setattr(
+        Method,
+        "__call__",
+        lambda self, *given: seen.append(groups.COPY_BYTES) or real(self, *given),
+    )
+    parts = inputs(SHAPES["small"], torch.float32, "cpu")
+    one_head = 2 * parts[1][0, 0].numel() * 4
+    monkeypatch.setattr(groups, "COPY_BYTES", one_head)
+    some, whole = head_group_cases(SHAPES["small"], parts)
+    assert (some.name, whole.name) == ("groups of heads: 2", "all heads at once")
+    assert whole.note == "the same bits"
+    seen.clear()
+    some.call()
+    whole.call()
+    assert seen == [one_head, float("inf")]
+    assert one_head == groups.COPY_BYTES

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dit_accel import InputError, presets
-from dit_accel.eval import bench_pipeline, pipeline_models, pipeline_tables
+from dit_accel.eval import bench_pipeline, pipeline_models, pipeline_tables, pipeline_totals
 from dit_accel.eval.bench_pipeline import Asked, IncorrectError
 from dit_accel.eval.pipeline_parts import PARTS, divided, seconds_by_part
 from dit_accel.eval.pipeline_steps import kinds, plan
@@ -78,7 +78,7 @@ def test_kinds_of_layers_are_told_apart():
         return {"methods": {"dense": {"kinds": {"dense": kind}}}}
 
     spec = pipeline_models.get("flux")
-    found = bench_pipeline._extrapolated(spec, [run(pair) for pair in times], (1, 2))
+    found = pipeline_totals.extrapolated(spec, [run(pair) for pair in times], (1, 2))
     assert found["methods"]["dense"]["mean_ms"] == 10 + 18 * 3 + 37 * 5
 
 

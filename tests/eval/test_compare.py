@@ -68,7 +68,24 @@ def test_few_prompts_tell_nothing(tmp_path, fake):
     found = comparing.compare(tmp_path / "a", tmp_path / "b")
     assert verdicts(found)["pisa-0.15", "speedup"] == "too few"
     assert {c.count for c in found.changes if c.measure == "speedup"} == {3}
+    # both sides are of the prompts that both have
+    assert {c.after.count for c in found.changes if c.measure == "speedup"} == {3}
     assert found.settings == ("prompts: 3 -> 4",)
+
+
+def test_so_few_prompts_for_so_many_tests_are_told():
+    """Of 6 prompts the rarest p is 1/32; adjusted for 2 tests it is 1/16, and both pass."""
+    base = comparing.Change("v", "psnr", None, None, 0.1, None, None, 1 / 32, None, 6, "same")
+    unmoved = replace(base, p=None)
+    (told,) = comparing._power([base, base, unmoved])
+    assert told.startswith("6 shared prompts are few for 2 tests")
+    assert "if 2 figures have one, and 7 prompts would tell a single one" in told
+    assert {c.verdict for c in comparing._adjusted([base, base, unmoved], MEASURES)[:2]} == {
+        "better"
+    }
+    alone = [replace(base, p=1 / 64, count=7), replace(base, p=0.9, count=7)]
+    assert list(comparing._power(alone)) == []
+    assert comparing._adjusted(alone, MEASURES)[0].verdict == "better"
 
 
 def test_false_discoveries_are_kept_down():

@@ -95,6 +95,19 @@ def test_options_of_a_method_of_an_entry_and_of_the_model():
     assert flat.density == 0.2
 
 
+def test_short_sequences_are_measured_too():
+    """A pipeline leaves them to dense attention where that was measured to be faster."""
+    listed = entries_of("pisa,psa,vmoba,svg_ear,flashblock,custom")
+    for made in variants_of(listed, (0.2,), {}, "m", "_native_math")[2:]:
+        assert made.options["dense_below"] == made.given["dense_below"] == 0
+        assert presets.build(made.method, **made.given).schedule.dense_below == 0
+    _, asked = variants_of(entries_of("pisa"), (), {"pisa": {"dense_below": "auto"}}, "m", None)
+    assert presets.build("pisa", **asked.given).schedule.dense_below == "auto"
+    inner = {"method": "pisa", "options": {"dense_steps": 3}}
+    _, kept = variants_of(entries_of([{"method": "flashblock", "inner": inner}]), (), {}, "m", None)
+    assert presets.build("flashblock", **kept.given).schedule.dense_steps == 3
+
+
 def test_options_survive_a_trip_through_json():
     given = {"method": "pisa", "density": {0: 1.0, 0.5: 0.2}, "dense_layers": [0, -1]}
     _, made = variants_of(entries_of([given]), (0.1,), {}, "m", None)

@@ -12,8 +12,9 @@ from PIL import Image
 from dit_accel import InputError, Method, presets
 from dit_accel.eval import attention_maps, fields, report
 from dit_accel.eval.figures import MEASURES, Figure, Summary, VariantSummary
+from dit_accel.eval.looks import Choices
 from dit_accel.eval.report import answers, pictures, plots, text
-from dit_accel.eval.summary import Choices, summarise
+from dit_accel.eval.summary import summarise
 from dit_accel.layout import Raster
 from dit_accel.rest import Drop
 from dit_accel.route import Everything

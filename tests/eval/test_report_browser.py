@@ -6,7 +6,8 @@ import pytest
 
 from dit_accel import presets
 from dit_accel.eval import attention_maps, fields, report
-from dit_accel.eval.summary import Choices, summarise
+from dit_accel.eval.looks import Choices
+from dit_accel.eval.summary import summarise
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_accel import InputError
 from dit_accel.cli import main
-from dit_accel.eval import export, instrument
+from dit_accel.eval import export, instrument, looks
 from dit_accel.eval.measure import load_for
 from dit_accel.eval.run import Group, Rank, outcome_of, rank_of_environment, run, share, work
 from dit_accel.eval.samples import PARTS, Key, Variant
@@ -172,6 +172,14 @@ def test_the_figures_of_a_run(store):
     mean, each = json.loads(path.read_text())["temporal_flickering"]
     assert mean == pytest.approx(sum(row["video_results"] for row in each) / 2)
     assert all((store.root / row["video_path"]).is_file() for row in each)
+
+
+def test_figures_do_not_depend_on_how_many_processes_made_them(store, monkeypatch):
+    monkeypatch.setattr(looks, "_WORTH", 1)
+    told = []
+    by_two = summarise(store, progress=lambda done, total: told.append((done, total)), jobs=2)
+    assert by_two == summarise(store)
+    assert told == [(4, 8), (8, 8)]
 
 
 def test_a_run_is_taken_up_where_it_stopped(store, pipe, settings, tmp_path):

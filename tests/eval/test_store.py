@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dit_accel import InputError
-from dit_accel.eval.samples import Failure, Key
-from dit_accel.eval.store import Store
+from dit_accel.eval.samples import Failure, Key, Run
+from dit_accel.eval.store import Store, differences
 
 
 def one_of(fake, chosen, variant="dense", prompt=0):
@@ -119,9 +119,37 @@ def test_other_settings_are_refused(tmp_path, fake, change, message):
 def test_other_options_of_the_same_name_are_refused(tmp_path, fake):
     store = Store(tmp_path / "run")
     store.claim(fake.settings())
-    changed = (*fake.VARIANTS[:-1], replace(fake.VARIANTS[-1], options={"block_q": 32}))
-    with pytest.raises(InputError, match="variants: other details of the same names"):
+    *kept, last = fake.VARIANTS
+    changed = (*kept, replace(last, options={**last.options, "block_q": 32}))
+    with pytest.raises(InputError, match=f"{last.slug}: block_q 16 -> 32$"):
         store.claim(fake.settings(variants=changed))
+
+
+def test_what_variants_differ_in_is_told_once(fake):
+    """Beside what is gone and new; what was given and is the default anyway is no difference."""
+    dense, floor, first, second, _ = fake.VARIANTS
+    new = (
+        dense,
+        *(
+            replace(one, options={**one.options, "rest": "moment"}, given={**one.given, "p": 0.9})
+            for one in (first, second)
+        ),
+        replace(first, slug="other"),
+    )
+    runs = [
+        Run(fake.settings(variants=listed), (), 0.0, {}, {"cpus": 1, "processor": "x"})
+        for listed in (fake.VARIANTS, new)
+    ]
+    assert list(differences(*runs)) == [
+        f"without {floor.slug}, psa",
+        "with other",
+        f"{first.slug}, {second.slug}: rest taylor -> moment, p None -> 0.9",
+    ]
+    same = replace(first, given={**first.given, "rest": "taylor"})
+    again = replace(
+        runs[0], settings=fake.settings(variants=(dense, floor, same, *fake.VARIANTS[3:]))
+    )
+    assert list(differences(runs[0], again)) == []
 
 
 def test_another_version_or_machine_is_refused(tmp_path, fake):

@@ -56,6 +56,27 @@ def test_a_gain_within_noise_changes_nothing(few, parts):
     assert look(clock(times), parts).after == few[0]
 
 
+def test_a_time_that_was_luck_changes_nothing(few, parts):
+    asked = {}
+
+    def timer(call):
+        now = str(setting("merge", torch.empty(1, 1, 1, SMALL.head_dim).half(), SMALL.tokens))
+        asked[now] = asked.get(now, 0) + 1
+        if now == str(few[2]) and asked[now] == 1:
+            return 1.0
+        return {str(few[0]): 10.0, str(few[3]): 9.0}.get(now, 9.9)
+
+    found = look(timer, parts)
+    assert (found.after, found.after_ms, found.before_ms) == (few[3], 9.0, 10.0)
+    assert asked[str(few[2])] > 1
+
+
+def test_a_kernel_that_reads_no_settings_is_left_alone(few, parts, monkeypatch):
+    # as where a device has a kernel of its own for the operation
+    monkeypatch.setattr(tuning, "PROBLEMS", {"merge": lambda shape, parts: lambda: parts[0]})
+    assert look(lambda call: pytest.fail("it was timed"), parts) is None
+
+
 def test_what_is_wrong_or_does_not_run_is_not_taken(few, parts, monkeypatch):
     times = dict(zip(map(str, few), (10.0, 1.0, 2.0, 7.0), strict=True))
     real = tuning.PROBLEMS["merge"]

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dit_accel.kernels.kmeans import kmeans
-from dit_accel.kernels.order import label_order
 
 pytest.importorskip("triton")
 CLUSTERS = 7
@@ -70,14 +69,7 @@ def test_a_settled_head_ends_early_and_the_others_go_on():
     x[0, 0] = x[0, 0, :1]
     ten, _ = kmeans(x, CLUSTERS, iterations=10, backend="triton")
     wanted, _ = kmeans(x.double(), CLUSTERS, iterations=10)
-    assert torch.equal(ten, wanted)
-
-
-def test_labels_are_sorted_stably():
-    labels = torch.tensor([[[2, 0, 2, 2, 0]], [[1, 1, 0, 1, 1]]])
-    perm, offsets = label_order(labels, 4)
-    assert perm.tolist() == [[[1, 4, 0, 2, 3]], [[2, 0, 1, 3, 4]]]
-    assert offsets.tolist() == [[[0, 2, 2, 5, 5]], [[0, 1, 5, 5, 5]]]
+    assert (ten == wanted).all()
 
 
 def test_what_cannot_run_here_is_told():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.kernels.token_attention import token_attention
+from dit_accel.kernels.token_attention import runs, token_attention
 from dit_accel.kernels.token_attention.triton import group_size
 
 pytest.importorskip("triton")
@@ -71,3 +71,27 @@ def test_what_the_kernel_cannot_take_is_told():
     q, k, v, select, order = problem(torch.float32, 1)
     with pytest.raises(ValueError, match="not torch"):
         token_attention(q.double(), k, v, select, backend="triton", **order)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_on_hopper_whole_heads_or_parts_of_them(monkeypatch, budget, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel in Gluon is for Hopper")
+    from dit_accel.eval.kernel_checks import check_token_attention
+    from dit_accel.kernels.token_attention import hopper
+
+    rooms = []
+
+    def spied(*given, **sizes):
+        rooms.append(runs.room_for(*given, **sizes))
+        return rooms[-1]
+
+    monkeypatch.setattr(hopper, "room_for", spied)
+    monkeypatch.setattr(hopper, "KEPT_BYTES", budget)
+    # a program then takes many items, one after another
+    monkeypatch.setattr(hopper, "_processors", lambda device: 3)
+    check_token_attention(dtype, 128, "cuda")
+    assert rooms
+    assert all((room.runs > 1) == (budget is not None) for room in rooms)

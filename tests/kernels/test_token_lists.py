@@ -1,18 +1,19 @@
 """Which boxes each tile of tokens goes through: the kernels, interpreted, against plain Python."""
 
+import math
+
 import pytest
 import torch
 
 from dit_accel.kernels.packed import compact
+from dit_accel.kernels.words import Words, bit_of, grouping
 
 pytest.importorskip("triton")
 lists = pytest.importorskip("dit_accel.kernels.token_attention.lists")
+sorting = pytest.importorskip("dit_accel.kernels.token_attention.sorting")
+merging = pytest.importorskip("dit_accel.kernels.token_attention.merging")
 runs = pytest.importorskip("dit_accel.kernels.token_attention.runs")
 LENGTH, BLOCKS, HEADS, BOX = 150, 21, 2, 16
-
-
-def bit(number):
-    return int(f"{number:04b}"[::-1], 2)
 
 
 def gray_place(word):
@@ -36,20 +37,24 @@ def problem():
     return select, compact(perm, offsets, valid)
 
 
-def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch):
-    monkeypatch.setattr(lists, "_SORTED", 64)
+@pytest.mark.parametrize(("programs", "scratch"), [(1, None), (12, torch.ones(2**19))])
+def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch, programs, scratch):
+    monkeypatch.setattr(sorting, "_SORTED", 16)
     select, order = problem()
-    groups, size = lists.grouping(BLOCKS)
+    groups, size = grouping(BLOCKS)
     assert (groups, size) == (2, 11)
     found = lists.boxes_of(order, LENGTH, size, BOX)
-    made = lists.lists(select, found, HEADS, 1, 2, BOX)
+    monkeypatch.setattr(sorting, "_PROGRAMS", programs)
+    words = sorting.pack(select)
+    assert torch.equal(words.word, Words.of(select).word)
+    made = lists.lists(words, found, HEADS, 1, 2, BOX, scratch)
     seen = 0
     for unit in range(2 * groups):
         pair, group = divmod(unit, groups)
         b, h = divmod(1 + pair, HEADS)
         bounds = order.offsets[b % order.offsets.shape[0], 0].tolist()
         chosen = select[b, h, :, group * size : (group + 1) * size].tolist()
-        words = [sum(1 << bit(i) for i, x in enumerate(row) if x) for row in chosen]
+        words = [sum(1 << bit_of(i) for i, x in enumerate(row) if x) for row in chosen]
         tokens = [i for i in range(LENGTH) if words[i]]
         tokens.sort(key=lambda i: gray_place(words[i]))
         count = len(tokens)
@@ -66,11 +71,11 @@ def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch):
                 start, stop = bounds[group * size + i : group * size + i + 2]
                 for at in range(start, stop, BOX):
                     length = min(BOX, stop - at)
-                    entry = at << 11 | bit(i) << 7 | length
-                    everyone = all(word >> bit(i) & 1 for word in rows)
+                    entry = at << 11 | bit_of(i) << 7 | length
+                    everyone = all(word >> bit_of(i) & 1 for word in rows)
                     if everyone and length == BOX:
                         of_all.append(entry)
-                    elif any(word >> bit(i) & 1 for word in rows):
+                    elif any(word >> bit_of(i) & 1 for word in rows):
                         of_some.append(entry)
             item = made.item[first + tile, :6].tolist()
             every = len(of_all) + len(of_some)
@@ -81,23 +86,61 @@ def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch):
     assert seen > 4
 
 
-def test_groups_are_even():
-    assert [lists.grouping(n) for n in (1, 11, 16, 17, 300, 960)] == [
-        *((1, 1), (1, 11), (1, 16), (2, 9)),
-        *((19, 16), (60, 16)),
-    ]
+@pytest.mark.parametrize("capacity", [1, 2, 3, 100])
+def test_partials_are_merged_run_by_run(capacity):
+    select, order = problem()
+    groups, size = grouping(BLOCKS)
+    found = lists.boxes_of(order, LENGTH, size, BOX)
+    made = lists.lists(Words.of(select), found, HEADS, 1, 2, BOX)
+    generator = torch.Generator().manual_seed(1)
+    every = int(made.first[-1])
+    part = torch.randn(every * lists.ROWS, 16, generator=generator)
+    part_lse = 3 * torch.randn(every * lists.ROWS, generator=generator)
+    out, lse = torch.full((2, HEADS, LENGTH, 16), 7.0), torch.full((2, HEADS, LENGTH), 7.0)
+    state = merging.State.of(1, LENGTH, 16, torch.device("cpu"))
+    most = groups * -(-LENGTH // lists.ROWS)
+    rows = capacity * lists.ROWS
+    for pair in range(2):
+        first = made.first[pair * groups :]
+        for run in range(-(-most // capacity)):
+            # as the attention leaves them, behind what an earlier run left
+            begin = (int(first[0]) + run * capacity) * lists.ROWS
+            end = min(begin + rows, int(first[groups]) * lists.ROWS)
+            held, held_lse = torch.full((rows, 16), torch.nan), torch.full((rows,), torch.nan)
+            held[: max(0, end - begin)] = part[begin:end]
+            held_lse[: max(0, end - begin)] = part_lse[begin:end]
+            places = made.place[pair * groups :]
+            merging.merge_items(
+                held, held_lse, places, first, state, out, lse, groups, 1 + pair, 1, run
+            )
+        b, h = divmod(1 + pair, HEADS)
+        for token in range(LENGTH):
+            units = range(pair * groups, (pair + 1) * groups)
+            where = [
+                int(made.first[unit]) * lists.ROWS + int(made.place[unit, token])
+                for unit in units
+                if made.place[unit, token] >= 0
+            ]
+            logs = part_lse[where] * math.log(2)
+            torch.testing.assert_close(lse[b, h, token], logs.logsumexp(0))
+            weighed = (logs.softmax(0)[:, None] * part[where]).sum(0)
+            torch.testing.assert_close(out[b, h, token], weighed, atol=1e-5, rtol=1e-5)
+    assert (out[0, 0] == 7).all()
+    assert (out[1, 1] == 7).all()
 
 
-@pytest.mark.parametrize("units", [1, 3, 7, 14, 21, 100])
-@pytest.mark.parametrize("pairs", [1, 2, 5])
-def test_runs_hold_every_group_once(pairs, units):
-    groups = 7
-    units = units if units < groups else units // groups * groups
-    found = list(runs.runs(pairs, groups, units))
-    held = [unit for first, count in found for unit in range(first, first + count)]
-    assert held == list(range(pairs * groups))
-    for first, count in found:
-        assert count <= units
-        # whole heads, or a part of one
-        whole = first % groups == 0 and count % groups == 0
-        assert whole or first // groups == (first + count - 1) // groups
+@pytest.mark.parametrize("most", [1, 30, 190, 600])
+@pytest.mark.parametrize("every", [1, 12, 40])
+@pytest.mark.parametrize("budget", [1, 200, 1000, 5000, 10**6])
+def test_what_is_kept_fits_the_budget(budget, every, most):
+    sizes = {"listed": 4 * most, "ordered": 30, "parted": 10, "state": 40}
+    fits = runs.room_for(every, most, budget, **sizes)
+    assert 1 <= fits.heads <= fits.pairs <= every
+    assert fits.items * fits.runs >= fits.heads * most
+    taken = fits.pairs * sizes["listed"] + fits.items * sizes["parted"]
+    taken += fits.heads * sizes["ordered"]
+    if fits.runs > 1:
+        assert fits.heads == 1
+        taken += sizes["state"]
+    assert taken <= max(budget, sum(sizes.values()))
+    assert fits.runs == 1 or budget < 10**6

@@ -162,12 +162,25 @@ def test_where_the_users_file_lies(monkeypatch):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_files_are_right(path):
-    found = files.read(path, int(path.stem.removeprefix("sm_")))
+def test_shipped_files_are_right_and_used(path, monkeypatch, tmp_path):
+    architecture = int(path.stem.removeprefix("sm_"))
+    found = files.read(path, architecture)
     assert found.entries
-    assert {one.ms <= one.default_ms for one in found.entries} == {True}
-    settings = files.settings(found)
-    assert all(len(listed) == len(dict(listed)) for listed in settings.values())
+    assert {one.ms < one.default_ms for one in found.entries} == {True}
+    monkeypatch.setenv(files.VARIABLE, str(tmp_path))  # none of the user's
+    monkeypatch.setattr(lookup, "architecture_of", lambda device: architecture)
+    lookup.forget()
+    kinds = {"half": torch.bfloat16, "float": torch.float32}
+    for one in found.entries:
+        like = torch.empty(1, 1, 1, one.head_dim, dtype=kinds[one.dtype])
+        chosen = setting(one.op, like, one.tokens)
+        assert dict(chosen.values) == one.setting
+        assert chosen in list(SPACES[one.op].candidates(one.dtype)), "what a search can find"
+    lookup.forget()
+
+
+def test_a_file_is_shipped_for_hopper():
+    assert "sm_90.json" in [path.name for path in SHIPPED]
 
 
 @pytest.mark.parametrize("op", SPACES)

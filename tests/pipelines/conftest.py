@@ -1,6 +1,4 @@
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -92,11 +90,9 @@ def go():
 @pytest.fixture(scope="session")
 def zoo():
     """Small random pipelines of several families, as a module."""
-    path = Path(__file__).with_name("zoo.py")
-    spec = importlib.util.spec_from_file_location("dit_accel_zoo", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import zoo
+
+    return zoo
 
 
 @pytest.fixture(params=["Wan", "HunyuanVideo", "FLUX.1"])

@@ -95,3 +95,56 @@ def test_time_of_dense_attention_that_was_chosen_is_attention(pipe, go, figures)
     with pytest.warns(DenseWarning), listening(pipe) as recorder:
         go(pipe)
     assert recorder.parts()["attend"] > 0
+
+
+SIZES = {
+    "Wan": {"height": 256, "width": 256, "num_frames": 33},
+    "FLUX.1": {"height": 512, "width": 512},
+}
+"""2,304 and 1,024 tokens."""
+
+
+@pytest.fixture(params=SIZES)
+def measured_size(request, zoo):
+    """A family with the heads of the shipped figures, on a GPU that these are for."""
+    if not crossover.measured(crossover.architecture_of(torch.device("cuda")) or ""):
+        pytest.skip("no figures are shipped for this GPU")
+    family = zoo.FAMILIES[request.param]
+    heads = {"attention_head_dim": 128, "num_attention_heads": 12}
+    if request.param == "FLUX.1":
+        heads["axes_dims_rope"] = (16, 56, 56)
+    pipe = family.pipe(**family.shallow, **heads).to("cuda", torch.bfloat16)
+    call = {**family.unguided, **SIZES[request.param], "dtype": torch.bfloat16}
+    return pipe, lambda **changes: family.go(pipe, 2, **{**call, **changes})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["pisa", "psa", "flashblock"])
+def test_a_short_call_on_a_gpu_is_dense(measured_size, method):
+    pipe, run = measured_size
+    wanted = run()
+    dit_accel.accelerate(pipe, method)
+    with pytest.warns(DenseWarning, match=f"{method}: dense attention takes its place"):
+        assert torch.equal(run(), wanted)
+    log = session_of(pipe).log
+    assert log.density == 1.0
+    assert list(log.choices.values()) == [len(log)]
+    dit_accel.accelerate(pipe, method, dense_below=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DenseWarning)
+        other = run()
+    assert not torch.equal(other, wanted)
+    assert session_of(pipe).log.choices == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("measured_size", ["Wan"], indirect=True)
+def test_a_long_call_on_a_gpu_is_the_methods(measured_size):
+    pipe, run = measured_size
+    dit_accel.accelerate(pipe, "pisa", density=0.15)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DenseWarning)
+        run(height=480, width=832, num_frames=81)  # 32,760 tokens
+    log = session_of(pipe).log
+    assert log.choices == {}
+    assert log.density < 0.2

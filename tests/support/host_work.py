@@ -26,6 +26,7 @@ METHODS = {
     "flashblock": lambda: presets.flashblock(inner="pisa", density=0.15),
     "psa": lambda: presets.psa(mode="topk", ratios=(0.05, 0.15, 0.25, 0.45)),
     "psa, thresholds": lambda: presets.psa(),
+    "svg_ear": lambda: presets.svg_ear(density=0.22),
 }
 _FREE = {"empty", "new_empty", "view", "alias", "expand", "squeeze", "unsqueeze", "select", "slice"}
 _FREE |= {
@@ -39,6 +40,8 @@ _FREE |= {
     "t",
     "mT",
 }
+_AS_IT_IS = {"to", "contiguous"}
+"""Free where there is nothing to be done."""
 
 
 class Counted(TorchDispatchMode):
@@ -50,9 +53,10 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name not in _FREE:
+        made = func(*args, **(kwargs or {}))
+        if name not in _FREE and not (name in _AS_IT_IS and made is args[0]):
             self.found[name] += 1
-        return func(*args, **(kwargs or {}))
+        return made
 
 
 def pretend():
@@ -63,7 +67,8 @@ def pretend():
             for what, answer in (("triton_refusal", None), ("is_hopper", True)):
                 if hasattr(module, what):
                     setattr(module, what, lambda *_, answer=answer: answer)
-            if name.endswith(("topk.api", "pair_count.api", "rank_levels.api")):
+            kernels = ("topk", "pair_count", "label_order", "error_probe", "rank_levels")
+            if name.endswith(tuple(f"{kernel}.api" for kernel in kernels)):
                 module._refusal = lambda *_: None
 
 

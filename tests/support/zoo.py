@@ -1,4 +1,6 @@
-"""Small random pipelines of three families, and ways to run them. Loaded by the fixture `zoo`."""
+"""Small random pipelines of three families without text encoders and autoencoders, how to run them,
+and what watches them. Whole pipelines, of every family, are in `specimens`.
+"""
 
 from collections import Counter
 from typing import ClassVar
@@ -13,6 +15,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from specimens import sharpened
 
 from dit_accel import Method, Schedule
 from dit_accel.layout import LAYOUTS
@@ -46,14 +49,6 @@ def spying(**schedule):
     return Method(LAYOUTS["raster"](4), Spy(), Centroid(), Schedule(**schedule), name="spy")
 
 
-def sharpen(model):
-    # attention of fresh weights is all but flat: sharpen it, so that what is dropped shows
-    for name, weight in model.named_parameters():
-        if any(f".{norm}." in name for norm in ("norm_q", "norm_k", "norm_added_q")):
-            torch.nn.init.normal_(weight, mean=2.0, std=0.5)
-    return model.eval()
-
-
 class Family:
     """One family: a pipeline without text encoders and autoencoder, and how to call it."""
 
@@ -63,7 +58,7 @@ class Family:
 
     def pipe(self, **changes):
         torch.manual_seed(0)
-        made = self.cls(transformer=sharpen(self.model(**changes)), **self.parts())
+        made = self.cls(transformer=sharpened(self.model(**changes)), **self.parts())
         made.set_progress_bar_config(disable=True)
         return made
 

@@ -1,0 +1,110 @@
+"""What is above the cut, as words: the last pass over the gates."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dit_accel.kernels.token_select.gates import gates, tokens
+from dit_accel.kernels.word_bits import word_bit
+
+_SIZES = ["heads", "length", "blocks", "columns", "start", "stop", "groups", "size"]
+
+
+@triton.jit
+def _columns(first, size, blocks, BN: tl.constexpr):
+    """Blocks of some groups, sixteen lanes each; which exist; the value of their bits."""
+    lane = tl.arange(0, BN)
+    number = lane % 16
+    column = (first + lane // 16) * size + number
+    return (
+        column,
+        (number < size) & (column < blocks),
+        tl.full([BN], 1, tl.int32) << word_bit(number),
+    )
+
+
+@triton.jit
+def _words(taken, worth, BM: tl.constexpr, BN: tl.constexpr):
+    bits = tl.where(taken, worth[None, :], 0)
+    return tl.sum(tl.reshape(bits, [BM, BN // 16, 16]), 2)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def select_kernel(
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, word_ptr,
+    q_b, q_h, q_l, full_b, full_h, own_b, own_h,
+    heads, length, blocks, columns, start, stop, groups, size,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """What is above the cut, text and own blocks; how many gates of a tile equal the cut."""
+    pair = tl.program_id(1).to(tl.int64)
+    b, h = pair // heads, pair % heads
+    token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    mean_ptr += pair * blocks * D
+    fine_ptr += pair * blocks * D
+    full_ptr += b * full_b + h * full_h
+    low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
+    cut = tl.load(base_ptr + pair).to(tl.int32)
+    ties = tl.zeros([BM], tl.int32)
+    for first in range(0, groups, BN // 16):
+        column, inside, worth = _columns(first, size, blocks, BN)
+        _gate, number, full = gates(
+            query, mean_ptr, fine_ptr, full_ptr, column, inside, low, scale, D, SPLIT
+        )
+        mine = column[None, :] == own[:, None]
+        can = there[:, None] & (full & (column < columns))[None, :]
+        ties += tl.sum((can & (mine == 0) & (number == cut)).to(tl.int32), 1)
+        # text selects everything, and everything selects text
+        text = (column >= columns)[None, :] | (there[:, None] == 0)
+        taken = ((can & (number > cut)) | mine | text) & inside[None, :]
+        group = first + tl.arange(0, BN // 16)
+        where = (pair * groups + group)[None, :] * length + token[:, None]
+        mask = (token < length)[:, None] & (group < groups)[None, :]
+        tl.store(word_ptr + where, _words(taken, worth, BM, BN).to(tl.int16), mask=mask)
+    tl.store(tie_ptr + pair * tl.num_programs(0) + tl.program_id(0), tl.sum(ties, 0))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def settle_kernel(
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, before_ptr,
+    room_ptr, word_ptr, q_b, q_h, q_l, full_b, full_h, own_b, own_h,
+    heads, length, blocks, columns, start, stop, groups, size,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Of the gates that equal the cut, as many as there is room for, the first ones."""
+    pair = tl.program_id(1).to(tl.int64)
+    where = pair * tl.num_programs(0) + tl.program_id(0)
+    before, room = tl.load(before_ptr + where), tl.load(room_ptr + pair)
+    if (tl.load(tie_ptr + where) == 0) | (before >= room):
+        return
+    b, h = pair // heads, pair % heads
+    token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    mean_ptr += pair * blocks * D
+    fine_ptr += pair * blocks * D
+    full_ptr += b * full_b + h * full_h
+    low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
+    cut = tl.load(base_ptr + pair).to(tl.int32)
+    rank = tl.zeros([BM], tl.int64)
+    for part in tl.static_range(2):
+        ties = tl.zeros([BM], tl.int32)
+        for first in range(0, groups, BN // 16):
+            column, inside, worth = _columns(first, size, blocks, BN)
+            _gate, number, full = gates(
+                query, mean_ptr, fine_ptr, full_ptr, column, inside, low, scale, D, SPLIT
+            )
+            can = there[:, None] & (inside & full & (column < columns))[None, :]
+            tie = (can & (column[None, :] != own[:, None]) & (number == cut)).to(tl.int32)
+            if part == 1:
+                place = (rank + ties)[:, None] + tl.cumsum(tie, 1) - tie
+                added = _words((tie > 0) & (place < room), worth, BM, BN)
+                group = first + tl.arange(0, BN // 16)
+                target = word_ptr + (pair * groups + group)[None, :] * length + token[:, None]
+                mask = there[:, None] & (group < groups)[None, :] & (added != 0)
+                known = tl.load(target, mask=mask, other=0).to(tl.int32)
+                tl.store(target, (known | added).to(tl.int16), mask=mask)
+            ties += tl.sum(tie, 1)
+        if part == 0:
+            rank = before + tl.cumsum(ties, 0) - ties
