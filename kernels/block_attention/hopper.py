@@ -16,7 +16,7 @@ from triton.language.core import _aggregate as aggregate
 from dit_accel.kernels.backends import multiprocessors
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.block_attention.bring import producer
-from dit_accel.kernels.block_attention.levels import LEVELS, TURN, box_of
+from dit_accel.kernels.block_attention.means import LEVELS, TURN, box_of
 from dit_accel.kernels.block_attention.problem import Problem
 from dit_accel.kernels.block_attention.tables import rest_tables
 from dit_accel.kernels.block_attention.tile import TOLD
@@ -288,7 +288,8 @@ def attend(
         None if size is None else _described(problem.table, size) for size in boxes.values()
     ]
     # a rest that is not there has no turns, and its descriptor stands for nothing
-    described.append(described[0] if rest is None else _described(terms["rows"], 64))
+    wide = described[1] or described[0]
+    described.append(wide if rest is None else _described(terms["rows"], 64))
     launch(
         attend_kernel,
         (min(multiprocessors(q.device), problem.grid[0] * problem.grid[1]),),
@@ -349,8 +350,7 @@ def shared_layout() -> Any:
 def _specimen(
     dtype: str, depth: int, box: int, weight: int, first_order: bool, pooled: bool = False
 ) -> Specimen:
-    rest = weight != 0 or first_order
-    sizes = {"table_rows": box, "rest_rows": 64 if rest else box}
+    sizes = {"table_rows": box, "rest_rows": 64}
     if box != 64:
         sizes["wide_rows"] = 64
     if pooled:
