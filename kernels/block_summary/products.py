@@ -21,8 +21,10 @@ from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import Compact
 from dit_accel.kernels.specimen import Specimen
 
-_LONG_RUN = 64
-"""Blocks of a program, which leaves a ``D × D`` sum of its own."""
+_LONG_RUN, _SHORT_RUN = 64, 16
+"""Blocks of a program, which leaves a ``D × D`` sum of its own; fewer if blocks are few."""
+_PROGRAMS = 512
+"""With so many programs of long runs none is idle on a large GPU."""
 _ROWS = 16
 """Rows of a covariance that a program finishes."""
 
@@ -145,8 +147,9 @@ def covariances(
     batch, heads, _, depth = k.shape
     blocks = order.offsets.shape[-1] - 1
     # runs of the video and runs of the text: no sum is of both
-    video_parts = -(-num_video // _LONG_RUN)
-    parts = video_parts - (num_video - blocks) // _LONG_RUN
+    run = _LONG_RUN if batch * heads * blocks >= _PROGRAMS * _LONG_RUN else _SHORT_RUN
+    video_parts = -(-num_video // run)
+    parts = video_parts - (num_video - blocks) // run
 
     def new(*shape: int) -> Tensor:
         return torch.empty((batch, heads, *shape), dtype=torch.float32, device=k.device)
@@ -158,7 +161,7 @@ def covariances(
             (parts, batch * heads),
             (k, v, *order, norm, part),
             (heads, blocks, num_video, video_parts, *strides_of(k, v, order)),
-            **_cov_constants(depth, tile, flat=capability_of(k.device) >= (10, 0)),
+            **_cov_constants(depth, tile, run, flat=capability_of(k.device) >= (10, 0)),
         )
     launch(
         finish_kernel,
@@ -170,11 +173,9 @@ def covariances(
     return {"cov_sum": total, "cov_norm": norm}
 
 
-def _cov_constants(depth: int, tile: int, *, flat: bool) -> dict[str, int]:
+def _cov_constants(depth: int, tile: int, run: int, *, flat: bool) -> dict[str, int]:
     # Triton 3.6 fails to compile two sums in turn for Blackwell, and spills one for Hopper
-    return {
-        **{"D": depth, "TILE": tile, "RUN": _LONG_RUN, "STAGES": 3, "FLAT": flat, "num_warps": 4}
-    }
+    return {**{"D": depth, "TILE": tile, "RUN": run, "STAGES": 3, "FLAT": flat, "num_warps": 4}}
 
 
 def _finish_constants(depth: int) -> dict[str, int]:
@@ -189,7 +190,7 @@ def _specimens() -> Iterator[Specimen]:
                     cov_kernel,
                     f"cov D{depth} tile {tile}",
                     "bf16",
-                    _cov_constants(depth, tile, flat=flat),
+                    _cov_constants(depth, tile, _LONG_RUN, flat=flat),
                 )
                 yield replace(one, least=least, most=most)
         yield specimen(finish_kernel, f"finish D{depth}", "bf16", _finish_constants(depth))
