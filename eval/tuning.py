@@ -148,7 +148,8 @@ def _assign(shape: Shape, parts: Parts) -> Call:
 
 
 def _update(shape: Shape, parts: Parts) -> Call:
-    from dit_accel.kernels.kmeans.triton import Clusters, update_means
+    from dit_accel.kernels.kmeans.clusters import Clusters
+    from dit_accel.kernels.kmeans.triton import update_means
 
     x, count, start = _clusters(shape, parts)
     state = Clusters(x, count, 1, start, None, 0)
