@@ -184,8 +184,10 @@ def attend_kernel(
         mbarrier.init(v_free.index(stage), count=2)
         mbarrier.init(told_ready.index(stage), count=1)
         mbarrier.init(told_free.index(stage), count=2)
-    mbarrier.init(joined, count=1)
-    mbarrier.init(handed_free, count=1)
+    # none that nobody waits for: its memory would go to what comes next, and nothing orders the two
+    if WEIGHT == 0:
+        mbarrier.init(joined, count=1)
+        mbarrier.init(handed_free, count=1)
     parts = _Parts(
         q,
         gl.to_tensor(q_b),

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, Compact, Tiles, remembered, tiles
-from dit_accel.kernels.scan import larger
 from dit_accel.kernels.specimen import Specimen, typed
 from dit_accel.kernels.token_attention.sorting import sort
 from dit_accel.kernels.token_attention.sorting import specimens as of_sorting
