@@ -97,15 +97,10 @@ class Pyramid:
 
     def __call__(self, blocked: Blocked, rest: Rest, ctx: Context) -> Plan:
         rows, columns = blocked.queries.num_video, blocked.keys.num_video
-        batch, heads = blocked.q.shape[:2]
-        code = torch.full(
-            (batch, heads, blocked.queries.num_blocks, blocked.keys.num_blocks),
-            EXACT,
-            dtype=torch.int8,
-            device=blocked.q.device,
-        )
+        shape = (*blocked.q.shape[:2], blocked.queries.num_blocks, blocked.keys.num_blocks)
+        code = torch.empty(shape, dtype=torch.int8, device=blocked.q.device)
         if not (rows and columns and self.ratios[0] < 1):
-            return Plan(code, LEVELS[1:])
+            return Plan(code.fill_(EXACT), LEVELS[1:])
         keys, queries = blocked.keys, blocked.queries
         tokens, bounds = valid_order(keys.perm, keys.offsets, blocked.geometry.key_valid)
         bounds = bounds[..., : columns + 1]
@@ -135,9 +130,10 @@ class Pyramid:
             scale=blocked.scale,
             k_longest=None if keys.longest is None else -(-keys.longest // _SHARE),
         )
+        self._rank(importance, self._full(blocked, bounds), code)
         level = code[:, :, :rows, :columns]
-        self._rank(importance, bounds.diff(dim=-1), level)
         # a few heads at a time, whose indices take what the importance of all does
+        heads = blocked.q.shape[1]
         step = max(1, _CHUNK_BYTES // (importance[:, :1].numel() * 8))
         for h in range(0, heads if self.similarity_cap else 0, step):
             some = slice(h, h + step)
@@ -175,24 +171,33 @@ class Pyramid:
         where = (bounds.gather(-1, block) + inside).clamp_(0, tokens.shape[-1] - 1)
         return tokens.gather(-1, where), torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
 
-    def _rank(self, importance: Tensor, count: Tensor, level: Tensor) -> None:
-        """Fill in the level of every pair, int8 ``[B, H, Nq, Nk]``.
+    @staticmethod
+    def _full(blocked: Blocked, bounds: Tensor) -> Tensor:
+        """bool ``[B|1, H|1, 1, Nk]``: blocks with keys, by where they lie."""
 
-        A block without keys (``count``, ``[B|1, H|1, Nk]``) takes up no room, and what its level is
-        makes no difference.
+        def full() -> Tensor:
+            return (bounds.diff(dim=-1) > 0).unsqueeze(-2)
+
+        keys = blocked.keys
+        if blocked.geometry.key_valid is not None:
+            return full()
+        return remembered(keys.perm, keys.offsets, ("full", keys.num_video), full)
+
+    def _rank(self, importance: Tensor, full: Tensor, code: Tensor) -> None:
+        """Fill in the level of every pair, int8 ``[B, H, N, N]``; text, behind them, is exact.
+
+        A block without keys (not ``full``) takes up no room, and what its level is makes no
+        difference.
         """
-        one = (count > 0).unsqueeze(-2).to(importance.dtype)
-        number = one.sum(-1, keepdim=True, dtype=torch.float64)
-        worth, total = one, number
-        if self.mode == "threshold":
-            worth = importance
-            total = importance.sum(-1, keepdim=True, dtype=torch.float64)
-            total = total.clamp(min=torch.finfo(torch.float32).tiny)
-        bounds = _on(self.ratios, torch.float64, importance.device) * total
+        worth = importance if self.mode == "threshold" else full
+        shares = _on(self.ratios, torch.float64, importance.device).view(1, 1, 1, -1)
         # within all bounds is the finest level
-        rank_levels(importance, worth, bounds, codes=(DROP, *reversed(LEVELS)), out=level)
+        codes = (DROP, *reversed(LEVELS))
+        rank_levels(importance, worth, shares, shares=True, codes=codes, out=code, beyond=EXACT)
         if self.min_exact:
-            level.masked_fill_(rank_levels(importance, one, self.min_exact * number) > 0, EXACT)
+            least = _on((self.min_exact,), torch.float64, importance.device).view(1, 1, 1, 1)
+            level = code[:, :, : importance.shape[2], : importance.shape[3]]
+            level.masked_fill_(rank_levels(importance, full, least, shares=True) > 0, EXACT)
 
 
 def pooled_pairs(blocked: Blocked, plan: Plan) -> Tensor:

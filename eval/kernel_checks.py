@@ -101,7 +101,7 @@ def check_kmeans(dtype: torch.dtype, depth: int, device: str) -> None:
 
 
 def check_block_importance(dtype: torch.dtype, depth: int, device: str) -> None:
-    """Sums of shares of fp32."""
+    """Sums of shares, which are kept in fp16 where inputs are of 16 bits."""
     p = Problem(dtype, depth, device)
     options: dict[str, Any] = {
         "q_tokens": p.perm[..., :501],
@@ -112,7 +112,7 @@ def check_block_importance(dtype: torch.dtype, depth: int, device: str) -> None:
     }
     got = block_importance(p.q, p.k, **options)
     exact = block_importance(p.q.double(), p.k.double(), backend="reference", **options)
-    _within("block_importance", got, exact, 1e-4 * float(exact.max()))
+    _within("block_importance", got, exact, (1e-4 + 2**-11) * float(exact.max()))
 
 
 def check_gate(dtype: torch.dtype, depth: int, device: str) -> None:

@@ -27,7 +27,7 @@ def valid_order(perm: Tensor, offsets: Tensor, valid: Tensor | None) -> tuple[Te
         ``bounds`` int32 ``[B|1, H|1, N + 1]``, where the blocks lie in it.
     """
     if valid is None:
-        return perm, offsets.to(torch.int32)
+        return perm, offsets if offsets.dtype == torch.int32 else offsets.to(torch.int32)
     batch, heads, length = valid.shape[0], *perm.shape[1:]
     perm = perm.expand(batch, heads, length)
     keep = valid.unsqueeze(1).expand(batch, heads, length).gather(2, perm)

@@ -173,10 +173,10 @@ def pooled(
     offsets: Tensor,
     length: int,
     levels: tuple[int, ...],
-    size: int | Callable[[int], int],
+    size: int,
     longest: int | None = None,
 ) -> Pooled:
-    """Blocks pooled to some levels, in tiles of up to ``size`` means, or what it is for a level.
+    """Blocks pooled to some levels, in tiles of up to ``size`` means.
 
     The last mean of a block may be of fewer keys, and is then a tile of its own.
     """
@@ -185,7 +185,6 @@ def pooled(
     parts, base = [], length
     widths = {}
     for level in levels:
-        most_means = size if isinstance(size, int) else size(level)
         # none for empty blocks, which bounded tiles would have
         within = None if longest is None or longest <= level else longest
         rows.append(tiles(offsets, length, level, within).span)
@@ -193,7 +192,7 @@ def pooled(
         first = per_block.cumsum(-1) - per_block + base
         whole, left = counts // level, counts % level
         most = None if longest is None else max(1, longest // level)
-        parts.append(_cut(first, whole, length // level, most_means, most, level))
+        parts.append(_cut(first, whole, length // level, size, most, level))
         span = ((first + whole) << START_BIT) | ((left - 1) << LENGTH_BITS) | 1
         block = (torch.arange(counts.shape[-1], device=counts.device) << BLOCK_BIT) + level
         parts.append(

@@ -87,6 +87,9 @@ def compile_for(specimen: Specimen, architecture: int) -> Usage:
 
     kernel = specimen.kernel
     names = kernel.arg_names
+    untold = [n for n in names if n not in specimen.signature and n not in specimen.constants]
+    if untold:
+        raise ValueError(f"{specimen.name}: expected all arguments, got none for {untold}")
     signature = {name: specimen.signature.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in specimen.constants.items()}
     aligned = {

@@ -4,8 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from dit_accel.kernels.block_attention.tile import barrier, find, tell, tell_one
-from dit_accel.kernels.block_attention.warps import _load, _rows_of
+from dit_accel.kernels.block_attention.tile import find, tell, tell_one
+from dit_accel.kernels.block_attention.warps import _rows_of
+from dit_accel.kernels.gluon_names import barrier, load_box
 
 
 @gluon.jit
@@ -21,13 +22,13 @@ def _bring(desc, wide, row, places, full, buffer, ready, BOX: gl.constexpr):
     for part in gl.static_range(width // 64):
         first = places[part * boxes]
         if BOX == 64:
-            _load(desc, [row + first, 0], ready, buffer.slice(part * 64, 64))
+            load_box(desc, [row + first, 0], ready, buffer.slice(part * 64, 64))
         elif (places[part * boxes + boxes - 1] == first + 64 - BOX) & ((part + 1) * boxes <= full):
-            _load(wide, [row + first, 0], ready, buffer.slice(part * 64, 64))
+            load_box(wide, [row + first, 0], ready, buffer.slice(part * 64, 64))
         else:
             for i in gl.static_range(boxes):
                 place = places[part * boxes + i]
-                _load(desc, [row + place, 0], ready, buffer.slice(part * 64 + i * BOX, BOX))
+                load_box(desc, [row + place, 0], ready, buffer.slice(part * 64 + i * BOX, BOX))
 
 
 @gluon.jit
@@ -37,7 +38,7 @@ def _bring_run(desc, row, buffer, ready):
     depth: gl.constexpr = buffer.shape[1]
     mbarrier.expect(ready, width * depth * 2)
     for i in gl.static_range(width // 64):
-        _load(desc, [row + i * 64, 0], ready, buffer.slice(i * 64, 64))
+        load_box(desc, [row + i * 64, 0], ready, buffer.slice(i * 64, 64))
 
 
 @gluon.jit

@@ -16,12 +16,13 @@ from triton.language.core import _aggregate as aggregate
 from dit_accel.kernels.backends import multiprocessors
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.block_attention.bring import producer
-from dit_accel.kernels.block_attention.levels import LEVELS, TURN, box_of
+from dit_accel.kernels.block_attention.means import LEVELS, TURN, box_of
 from dit_accel.kernels.block_attention.problem import Problem
 from dit_accel.kernels.block_attention.tables import rest_tables
 from dit_accel.kernels.block_attention.tile import TOLD
 from dit_accel.kernels.block_attention.triton import WEIGHTS
 from dit_accel.kernels.block_attention.warps import consumer
+from dit_accel.kernels.gluon_names import before_hand_over
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen
@@ -184,8 +185,7 @@ def attend_kernel(
         mbarrier.init(v_free.index(stage), count=2)
         mbarrier.init(told_ready.index(stage), count=1)
         mbarrier.init(told_free.index(stage), count=2)
-    # none that nobody waits for: its memory would go to what comes next, and nothing orders the two
-    if WEIGHT == 0:
+    if WEIGHT == 0:  # else nobody waits there
         mbarrier.init(joined, count=1)
         mbarrier.init(handed_free, count=1)
     parts = _Parts(
@@ -246,6 +246,7 @@ def attend_kernel(
     wide = table_rows if BOX == 64 else wide_rows
     pooled = (rows_2, rows_4, rows_8) if POOLED else (wide, wide, wide)
     # constants would be none if these tuples had names
+    before_hand_over()
     gl.warp_specialize(
         [
             (consumer, (parts, 0, q_0, square_0, BOX, WEIGHT, FIRST_ORDER, INIT, POOLED)),
@@ -287,7 +288,8 @@ def attend(
         None if size is None else _described(problem.table, size) for size in boxes.values()
     ]
     # a rest that is not there has no turns, and its descriptor stands for nothing
-    described.append(described[0] if rest is None else _described(terms["rows"], 64))
+    wide = described[1] or described[0]
+    described.append(wide if rest is None else _described(terms["rows"], 64))
     launch(
         attend_kernel,
         (min(multiprocessors(q.device), problem.grid[0] * problem.grid[1]),),
@@ -348,8 +350,7 @@ def shared_layout() -> Any:
 def _specimen(
     dtype: str, depth: int, box: int, weight: int, first_order: bool, pooled: bool = False
 ) -> Specimen:
-    rest = weight != 0 or first_order
-    sizes = {"table_rows": box, "rest_rows": 64 if rest else box}
+    sizes = {"table_rows": box, "rest_rows": 64}
     if box != 64:
         sizes["wide_rows"] = 64
     if pooled:

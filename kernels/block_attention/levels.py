@@ -8,118 +8,79 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_attention.problem import AHEAD, Problem, some_of, tables_of
+from dit_accel.kernels.block_attention.means import LEVELS, TURN, Rows, tables_with_means
+from dit_accel.kernels.block_attention.means import SPECIMENS as TABLE_SPECIMENS
+from dit_accel.kernels.block_attention.problem import AHEAD, Problem, some_of
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
-from dit_accel.kernels.packed import (
-    BLOCK_BIT,
-    LENGTH_BITS,
-    START_BIT,
-    Compact,
-    Pooled,
-    Tiles,
-    remembered,
-)
+from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, Compact, Tiles
 from dit_accel.kernels.specimen import Specimen, typed
 
-LEVELS = (1, 2, 4, 8)
-TURN = 128
-"""Rows that a kernel takes at once."""
 TABLE_BYTES = 2**30
 """What the keys, the values and their means of the heads that are taken at once may take."""
-_SMALLEST = 8
-_CHUNK = 1024
-"""Tiles of a row that are looked at together."""
-_BLOCK = tl.constexpr(BLOCK_BIT)
-
-
-def box_of(level: int, size: int) -> int:
-    """Rows of a box of a level, where exact ones have ``size``."""
-    return max(_SMALLEST, size // level)
-
-
-def _boxes(size: int) -> dict[str, int]:
-    return {f"BOX_{i}": box_of(level, size) for i, level in enumerate(LEVELS)}
+_MOST, _PER_WARP = 256, 256
+"""Blocks of a row that are looked at together, and by one warp."""
+_BITS = tl.constexpr(START_BIT)
+_COUNT = tl.constexpr(LENGTH_BITS)
 
 
 @triton.jit
-def _pack_level(
-    codes,
-    block,
-    span,
-    begin,
-    known,
-    target,
-    counts,
-    LEVEL: tl.constexpr,
-    BOX: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PER: tl.constexpr,
-):
-    """The tiles of one level of a row, and how many entries they take."""
-    done = 0
-    full = 0
-    # those of full length come first, those that do not exist last
-    plain = tl.load(known)
-    exist = tl.load(known + 1)
-    for first in range(0, exist, CHUNK):
-        number = first + tl.arange(0, CHUNK)
-        inside = number < exist
-        of = tl.load(block + begin + number, mask=inside, other=0)
-        where = tl.load(span + begin + number, mask=inside, other=0)
-        kind = tl.load(codes + (of >> _BLOCK), mask=inside, other=0)
-        chosen = inside & (kind == LEVEL)
-        rank = tl.cumsum(chosen.to(tl.int32), 0)
-        tl.store(target + done + rank - 1, where, mask=chosen)
-        done += tl.sum(chosen.to(tl.int32), 0)
-        full += tl.sum((chosen & (number < plain)).to(tl.int32), 0)
-    tl.store(counts, full)
-    tl.store(counts + 1, done)
-    # a turn is of one level, and what it lacks holds nothing
-    padded = (done + PER // BOX - 1) // (PER // BOX) * (PER // BOX)
-    missing = done + tl.arange(0, PER // BOX)
-    tl.store(target + missing, tl.zeros([PER // BOX], tl.int32), mask=missing < padded)
-    return padded
+def _boxes(codes, sizes, number, columns, LOG: tl.constexpr):
+    """Blocks of a row at the levels that they have in a plan: none, if they are not computed.
+
+    Their level, in powers of two, the logarithm of its boxes, how many of these are full, means
+    beyond these, and keys beyond the means of full length.
+    """
+    inside = number < columns
+    kind = tl.load(codes + number, mask=inside, other=0).to(tl.int32)
+    keys = tl.load(sizes + number, mask=inside & (kind > 0), other=0)
+    level = (kind >= 2).to(tl.int32) + (kind >= 4).to(tl.int32) + (kind >= 8).to(tl.int32)
+    log = tl.maximum(LOG - level, 3)
+    whole = keys >> level
+    full = whole >> log
+    return level, log, full, whole - (full << log), keys - (whole << level)
+
+
+@triton.jit
+def _by_level(number, level):
+    """A count in the 16 bits of its level: one sum then adds up all levels."""
+    return number.to(tl.int64) << (16 * level).to(tl.int64)
+
+
+@triton.jit
+def _field(counts, level):
+    return ((counts >> (16 * level).to(tl.int64)) & 0xFFFF).to(tl.int32)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("heads", "rows", "columns", "width", "first_1", "first_2", "first_3"),
-        *("code_b", "code_h", "tile_b", "tile_h", "known_b", "known_h"),
+        *("heads", "rows", "columns", "width"),
+        *("code_b", "code_h", "first_b", "first_h", "size_b", "size_h"),
     ]
 )
 def pack_levels_kernel(
     code,
-    block,
-    span,
-    known,
+    first,
+    sizes,
     listed,
     counts,
     heads,
     rows,
     columns,
     width,
-    first_1,
-    first_2,
-    first_3,
     code_b,
     code_h,
-    tile_b,
-    tile_h,
-    known_b,
-    known_h,
-    BOX_0: tl.constexpr,
-    BOX_1: tl.constexpr,
-    BOX_2: tl.constexpr,
-    BOX_3: tl.constexpr,
+    first_b,
+    first_h,
+    size_b,
+    size_h,
+    LOG: tl.constexpr,
     CHUNK: tl.constexpr,
     PER: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -128,77 +89,76 @@ def pack_levels_kernel(
     row, head = tl.program_id(0), tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     codes = code + b * code_b + h * code_h + row.to(tl.int64) * columns
-    block += b * tile_b + h * tile_h
-    span += b * tile_b + h * tile_h
-    known += b * known_b + h * known_h
+    first += b * first_b + h * first_h
+    sizes += b * size_b + h * size_h
     place = head.to(tl.int64) * rows + row
-    at = listed + place * width
-    counts += place * 8
-    at += _pack_level(codes, block, span, 0, known, at, counts, 1, BOX_0, CHUNK, PER)
-    known += 2
-    counts += 2
-    at += _pack_level(codes, block, span, first_1, known, at, counts, 2, BOX_1, CHUNK, PER)
-    known += 2
-    counts += 2
-    at += _pack_level(codes, block, span, first_2, known, at, counts, 4, BOX_2, CHUNK, PER)
-    known += 2
-    counts += 2
-    at += _pack_level(codes, block, span, first_3, known, at, counts, 8, BOX_3, CHUNK, PER)
+    target = listed + place * width
+    all_full = tl.zeros([1], tl.int64)
+    all_short = tl.zeros([1], tl.int64)
+    for begin in range(0, columns, CHUNK):
+        number = begin + tl.arange(0, CHUNK)
+        level, log, full, means, keys = _boxes(codes, sizes, number, columns, LOG)
+        short = (means > 0).to(tl.int32) + (keys > 0).to(tl.int32)
+        all_full += tl.sum(_by_level(full, level), 0)
+        all_short += tl.sum(_by_level(short, level), 0)
+    # a turn is of one level, and what it lacks holds nothing
+    every = tl.arange(0, 4)
+    fulls = _field(all_full, every)
+    found = fulls + _field(all_short, every)
+    per = PER >> tl.maximum(LOG - every, 3)
+    padded = (found + per - 1) // per * per
+    ends = tl.cumsum(padded, 0)
+    tl.store(counts + place * 8 + 2 * every, fulls)
+    tl.store(counts + place * 8 + 2 * every + 1, found)
+    lacking = found[:, None] + tl.arange(0, 16)[None, :]
+    nothing = tl.zeros([4, 16], tl.int32)
+    at = target + (ends - padded)[:, None] + lacking
+    tl.store(at, nothing, mask=lacking < padded[:, None])
     # some more, which are read ahead
-    tl.store(at + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
+    tl.store(target + tl.max(ends, 0) + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
 
-
-class Mixed(NamedTuple):
-    """Tiles of all levels in one row: the exact ones, and from each of ``firsts`` another level's.
-
-    Those of a level are ordered: of full length, shorter, and places that hold none. ``known``
-    int32 ``[B|1, H|1, 8]``, by level, how many are of full length, and how many there are. ``most``
-    is what a row's list can need, whatever the plan.
-    """
-
-    tiles: Tiles
-    firsts: tuple[int, int, int]
-    known: Tensor
-    most: int
-
-
-def mixed(exact: Tiles, pyramid: Pooled, columns: int, size: int) -> Mixed:
-    """Join the tiles of exact blocks, of ``size``, and those of their pooled levels.
-
-    A block has at most one tile more at another level than exact ones, for what is left over.
-    """
-    lead = torch.broadcast_shapes(exact.span.shape[:2], pyramid.tiles.span.shape[:2])
-    widths = [pyramid.widths.get(level, 0) for level in LEVELS[1:]]
-    pooled = (x.split(widths, -1) for x in pyramid.tiles)
-    found = [exact, *(Tiles(*parts) for parts in zip(*pooled, strict=True))]
-    blocks, spans, known = [], [], []
-    for level, part in zip(LEVELS, found, strict=True):
-        block, span = (x.expand(*lead, -1) for x in part)
-        whole = (level - 1) << LENGTH_BITS | box_of(level, size)
-        plain, none = (span & ((1 << START_BIT) - 1)) == whole, span == 0
-        order = torch.where(plain, 0, torch.where(none, 2, 1)).sort(dim=-1, stable=True).indices
-        blocks.append(block.gather(-1, order))
-        spans.append(span.gather(-1, order))
-        known += [plain.sum(-1), (~none).sum(-1)]
-    firsts = list(accumulate(part.span.shape[-1] for part in found))
-    return Mixed(
-        Tiles(torch.cat(blocks, -1), torch.cat(spans, -1)),
-        (firsts[0], firsts[1], firsts[2]),
-        torch.stack(known, -1).to(torch.int32),
-        exact.span.shape[-1] + columns + len(LEVELS) * (TURN // _SMALLEST) + AHEAD,
-    )
+    at_1 = tl.sum(tl.where(every < 1, padded, 0), 0)
+    at_2 = tl.sum(tl.where(every < 2, padded, 0), 0)
+    at_3 = tl.sum(tl.where(every < 3, padded, 0), 0)
+    some_short = tl.max(all_short, 0) > 0
+    done = tl.zeros([1], tl.int64)
+    done_short = all_full
+    for begin in range(0, columns, CHUNK):
+        number = begin + tl.arange(0, CHUNK)
+        level, log, full, means, keys = _boxes(codes, sizes, number, columns, LOG)
+        known = full + means + keys > 0
+        start = tl.load(first + level * (columns + 1) + number, mask=known, other=0)
+        pooled = ((1 << level) - 1) << _COUNT
+        base = tl.where(level == 1, at_1, 0) + tl.where(level == 2, at_2, 0)
+        base += tl.where(level == 3, at_3, 0)
+        one = _by_level(full, level)
+        rank = base + _field(tl.cumsum(one, 0) - one + done, level)
+        for i in range(0, tl.max(full, 0)):
+            entry = ((start + (i << log)) << _BITS) | pooled | (1 << log)
+            tl.store(target + rank + i, entry, mask=i < full)
+        done += tl.sum(one, 0)
+        if some_short:
+            short = (means > 0).to(tl.int32) + (keys > 0).to(tl.int32)
+            one = _by_level(short, level)
+            rank = base + _field(tl.cumsum(one, 0) - one + done_short, level)
+            begins = start + (full << log)
+            tl.store(target + rank, (begins << _BITS) | pooled | means, mask=means > 0)
+            rank += (means > 0).to(tl.int32)
+            last = ((begins + means) << _BITS) | ((keys - 1) << _COUNT) | 1
+            tl.store(target + rank, last, mask=keys > 0)
+            done_short += tl.sum(one, 0)
 
 
 def packed_levels(
-    code: Tensor, found: Mixed, batch: int, heads: int, size: int
+    code: Tensor, found: Rows, batch: int, heads: int, size: int
 ) -> tuple[Tensor, Tensor]:
     """Every row's tiles as a list, and how many of full length and in all, by level.
 
     Args:
         code: int8 ``[B|1, H|1, Nq, Nk]``, contiguous.
-        found: tiles of ``size`` and of `box_of` every level.
+        found: where the blocks stand.
         batch, heads: of the lists.
-        size: of an exact tile.
+        size: of an exact tile, a power of two.
 
     Returns:
         int32 ``[B, H, Nq, most]``; int32 ``[B, H, Nq, 8]``.
@@ -209,28 +169,31 @@ def packed_levels(
     launch(
         pack_levels_kernel,
         (rows, batch * heads),
-        (code, found.tiles.block, found.tiles.span, found.known, listed, counts),
+        (code, found.first, found.sizes, listed, counts),
         (
-            *(heads, rows, columns, found.most, *found.firsts),
-            *(*lead_strides(code), *lead_strides(found.tiles.span), *lead_strides(found.known)),
+            *(heads, rows, columns, found.most, *lead_strides(code)),
+            *(*lead_strides(found.first), *lead_strides(found.sizes)),
         ),
-        **_boxes(size),
-        CHUNK=_CHUNK,
-        PER=TURN,
-        AHEAD=AHEAD,
+        **_pack_constants(size, columns),
     )
     return listed, counts
 
 
+def _pack_constants(size: int, columns: int) -> dict[str, int]:
+    chunk = min(_MOST, max(32, triton.next_power_of_2(columns)))
+    constants = {"LOG": size.bit_length() - 1, "CHUNK": chunk, "PER": TURN, "AHEAD": AHEAD}
+    return {**constants, "num_warps": max(1, chunk // _PER_WARP)}
+
+
 def head_groups(
-    k: Tensor, pyramid: Pooled, whole: bool = False
+    k: Tensor, found: Rows, whole: bool = False
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Heads whose tables fit `TABLE_BYTES`, as what cuts ``[B|1, H|1, ...]`` to them; or all."""
     batch, heads, _, depth = k.shape
     if whole:
         yield partial(some_of, batch=slice(batch), heads=slice(heads))
         return
-    each = 2 * pyramid.height * depth * k.element_size()
+    each = 2 * found.height * depth * k.element_size()
     groups = -(-heads * each // TABLE_BYTES)
     step = -(-heads // min(heads, groups))
     for b in range(batch):
@@ -247,8 +210,7 @@ def level_problem(
     queries: Compact,
     q_tiles: Tiles,
     keys: Compact,
-    k_tiles: Tiles,
-    pyramid: Pooled,
+    found: Rows,
     size: int,
 ) -> Problem:
     """The problem of some heads, but for its scale and where results go: tables and lists.
@@ -258,24 +220,16 @@ def level_problem(
         q, k, v: ``[B, H, L, D]``, in the model's order.
         code: int8 ``[B|1, H|1, Nq, Nk]``, contiguous.
         queries, q_tiles: order and tiles of queries.
-        keys, k_tiles: order of the keys, and exact tiles of ``size``.
-        pyramid: their levels, in tiles of `box_of`.
+        keys, found: order of the keys, and where their blocks stand.
         size: of an exact tile.
     """
-    columns = code.shape[-1]
-    found = remembered(
-        keys.perm,
-        keys.offsets,
-        ("mixed", tuple(pyramid.widths), size, columns),
-        lambda: mixed(k_tiles, pyramid, columns, size),
-    )
-    order = Compact(*(some(x) for x in keys))
     query = some(q)
-    found = found._replace(tiles=Tiles(*(some(x) for x in found.tiles)), known=some(found.known))
+    found = found._replace(first=some(found.first), sizes=some(found.sizes))
+    order = Compact(*(some(x) for x in keys))
     listed, counts = packed_levels(some(code), found, query.shape[0], query.shape[1], size)
     return Problem(
         query if query.stride(-1) == 1 else query.contiguous(),
-        *tables_of(some(k), some(v), order, pyramid._replace(span=some(pyramid.span))),
+        *tables_with_means(some(k), some(v), order, found),
         Compact(*(some(x) for x in queries)),
         Tiles(*(some(x) for x in q_tiles)),
         listed,
@@ -287,12 +241,18 @@ def level_problem(
     )
 
 
-def _specimen(size: int) -> Specimen:
-    constants = {**_boxes(size), "CHUNK": _CHUNK, "PER": TURN, "AHEAD": AHEAD}
-    names = ("block", "span", "known", "listed", "counts")
-    pointers = {**dict.fromkeys(names, "*i32"), "code": "*i8"}
-    signature = typed(pack_levels_kernel, constants, **pointers)
-    return Specimen(f"pack levels {size}", pack_levels_kernel, signature, constants)
+def _specimens() -> Iterator[Specimen]:
+    ints = {
+        **dict.fromkeys(("first", "sizes", "listed", "counts"), "*i32"),
+        "code": "*i8",
+    }
+    for size, columns in ((64, 2048), (16, 100)):
+        constants = _pack_constants(size, columns)
+        options = {"num_warps": constants.pop("num_warps")}
+        signature = typed(pack_levels_kernel, constants, **ints)
+        yield Specimen(f"pack levels {size}", pack_levels_kernel, signature, constants, options)
 
 
-SPECIMENS = [_specimen(64)] if isinstance(pack_levels_kernel, triton.JITFunction) else []
+SPECIMENS = (
+    [*_specimens(), *TABLE_SPECIMENS] if isinstance(pack_levels_kernel, triton.JITFunction) else []
+)

@@ -5,8 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.core import _aggregate as aggregate
 
-# renamed between Triton 3.6 and 3.9
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+from dit_accel.kernels.gluon_names import barrier
 
 
 class _Tile:

@@ -18,7 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
 from dit_accel.kernels.block_attention.api import RestTerms
 from dit_accel.kernels.block_attention.levels import SPECIMENS as LEVEL_SPECIMENS
-from dit_accel.kernels.block_attention.levels import box_of, head_groups, level_problem
+from dit_accel.kernels.block_attention.levels import head_groups, level_problem
+from dit_accel.kernels.block_attention.means import rows_of
 from dit_accel.kernels.block_attention.problem import (
     AHEAD,
     Problem,
@@ -245,31 +246,30 @@ def block_attention(
     q_tiles = tiles_of(queries, q.shape[2], bm, q_longest)
     code = code.contiguous()
     length = k.shape[2]
+    if levels and on_hopper:
+        from dit_accel.kernels.block_attention import hopper
+
+        found = remembered(
+            keys.perm,
+            keys.offsets,
+            ("levels", bn, k_longest),
+            lambda: rows_of(keys.offsets, length, bn, k_longest),
+        )
+        out, lse = into
+        for some in head_groups(k, found, whole=rest is not None):
+            part = level_problem(some, q, k, v, code, queries, q_tiles, keys, found, bn)
+            part = part._replace(scale=scale, out=some(out), lse=some(lse))
+            before = None if onto is None else (some(onto[0]), some(onto[1]))
+            hopper.attend(part, rest, bn, before, levels=True)
+        return out, lse
     pyramid = None
     if levels:
         pyramid = remembered(
             keys.perm,
             keys.offsets,
-            ("pooled", levels, bn if on_hopper else 0, k_longest),
-            lambda: pooled(
-                keys.offsets,
-                length,
-                levels,
-                (lambda level: box_of(level, bn)) if on_hopper else _POOLED_TILE,
-                k_longest,
-            ),
+            ("pooled", levels, k_longest),
+            lambda: pooled(keys.offsets, length, levels, _POOLED_TILE, k_longest),
         )
-    if pyramid is not None and on_hopper:
-        from dit_accel.kernels.block_attention import hopper
-
-        k_tiles = tiles_of(keys, length, bn, k_longest)
-        out, lse = into
-        for some in head_groups(k, pyramid, whole=rest is not None):
-            part = level_problem(some, q, k, v, code, queries, q_tiles, keys, k_tiles, pyramid, bn)
-            part = part._replace(scale=scale, out=some(out), lse=some(lse))
-            before = None if onto is None else (some(onto[0]), some(onto[1]))
-            hopper.attend(part, rest, bn, before, levels=True)
-        return out, lse
     if k_longest is None:
         listed, counts = packed_runs(code, keys.offsets, q.shape[0], q.shape[1], length, bn, AHEAD)
     else:

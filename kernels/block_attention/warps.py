@@ -15,7 +15,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -29,13 +28,12 @@ from dit_accel.kernels.block_attention.softmax import (
     _soften_level,
     _soften_plain,
 )
-from dit_accel.kernels.block_attention.tile import barrier, hear, heard
+from dit_accel.kernels.block_attention.tile import hear, heard
+from dit_accel.kernels.gluon_names import barrier
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT
 
 _BITS = gl.constexpr(START_BIT)
 _MASK = gl.constexpr((1 << LENGTH_BITS) - 1)
-# renamed between Triton 3.6 and 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit

@@ -1,34 +1,38 @@
 """The sums of block importance on Hopper, in Gluon.
 
-One warp brings keys by TMA, 128 a turn; three warp groups take 64 queries each. Products go from
-group to group, so that while one's run the others are at their exponentials.
+One warp brings keys by TMA, 128 a turn; three warp groups take 64 queries each. They drift apart by
+themselves, so that while one's products run the others are at their exponentials.
 """
 
+from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-from dit_accel.kernels.block_importance.triton import CELL, TURN, Cells, Kept
-from dit_accel.kernels.order import lead_strides
+from dit_accel.kernels.block_importance.samples import (
+    CELL,
+    NUMBERS,
+    TURN,
+    Probe,
+    signature_of,
+)
+from dit_accel.kernels.gluon_names import before_hand_over, load_box
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.specimen import Specimen
 
 _GROUPS = 3
 _ROWS = 64
 """Queries of a warp group."""
 _STAGES = 4
-# renamed between Triton 3.6 and 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -40,7 +44,7 @@ def _producer(p, keys, row):
         at = i % stages
         mbarrier.wait(p.k_free.index(at), ((i // stages) & 1) ^ 1)
         mbarrier.expect(p.k_ready.index(at), width * depth * 2)
-        _load(keys, [row + i * width, 0], p.k_ready.index(at), p.k_bufs.index(at))
+        load_box(keys, [row + i * width, 0], p.k_ready.index(at), p.k_bufs.index(at))
 
 
 @gluon.jit
@@ -57,25 +61,36 @@ def _tell(p, s, turn, first, peak, total):
     """Write the sums of a turn's cells, and take them into those of the row."""
     rows: gl.constexpr = s.shape[0]
     row_of: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    # a turn has at least one key
     base = gl.max(s, 1) * p.by
-    cells = _cells_of(gl.exp2(s * p.by - gl.expand_dims(base, 1)))
-    layout: gl.constexpr = cells.type.layout
+    # a turn of empty blocks has no key
+    safe = gl.where(base == float("-inf"), 0.0, base)
+    # two cells of a row are one thread's, which writes them as one word
+    layout: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [8, 0]],
+        lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 8],
+    )
+    weights = gl.exp2(s * p.by - gl.expand_dims(safe, 1))
+    cells = gl.convert_layout(_cells_of(weights), layout)
     line = first + gl.arange(0, rows, gl.SliceLayout(1, layout))
-    target = p.sums + gl.expand_dims(line.to(gl.int64) * (p.width * 8), 1) + turn * 8
+    target = (
+        gl.multiple_of(p.sums, 16) + gl.expand_dims(line.to(gl.int64) * (p.width * 8), 1) + turn * 8
+    )
     target += gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, layout)), 0)
-    gl.store(target, cells, mask=gl.expand_dims(line < p.count, 1))
+    gl.store(target, cells.to(gl.float16), mask=gl.expand_dims(line < p.count, 1))
     own = first + gl.arange(0, rows, row_of)
     base_at = p.bases + turn.to(gl.int64) * p.samples + own
     gl.store(base_at, base, mask=own < p.count)
     new = gl.maximum(peak, base)
+    level = gl.where(new == float("-inf"), 0.0, new)
     mass = gl.convert_layout(gl.sum(cells, 1), row_of)
-    return new, total * gl.exp2(peak - new) + mass * gl.exp2(base - new)
+    return new, total * gl.exp2(peak - level) + mass * gl.exp2(base - level)
 
 
 @gluon.jit
 def _consumer(p, group: gl.constexpr, q_buf):
-    groups: gl.constexpr = p.go.shape[0]
     stages: gl.constexpr = p.k_bufs.shape[0]
     width: gl.constexpr = p.k_bufs.shape[1]
     rows: gl.constexpr = q_buf.shape[0]
@@ -99,17 +114,11 @@ def _consumer(p, group: gl.constexpr, q_buf):
     total = gl.zeros([rows], gl.float32, row_of)
     for i in range(p.turns):
         plain = gl.load(p.plain + i)
-        # each group's products after those of the group before it
-        if group == 0:
-            mbarrier.wait(p.go.index(group), (i & 1) ^ 1)
-        else:
-            mbarrier.wait(p.go.index(group), i & 1)
         at = i % stages
         mbarrier.wait(p.k_ready.index(at), (i // stages) & 1)
         keys = p.k_bufs.index(at).permute((1, 0))
         s = warpgroup_mma(q_buf, keys, nothing, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(p.go.index((group + 1) % groups), count=1)
         mbarrier.arrive(p.k_free.index(at), count=1)
         if plain == 0:
             full = gl.load(p.key_token + i * width + columns) >= 0
@@ -139,7 +148,6 @@ class _Parts:
     k_bufs: gl.shared_memory_descriptor
     k_ready: gl.shared_memory_descriptor
     k_free: gl.shared_memory_descriptor
-    go: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(self, *values):
@@ -149,11 +157,9 @@ class _Parts:
 
 _FIELDS = tuple(_Parts.__annotations__)
 _Parts = aggregate(_Parts)  # type: ignore[misc]
-_SIZES = ["heads", "first_pair", "slots", "samples", "rows", "columns", "width"]
-_SIZES += [f"{name}_{axis}" for name in ("token", "bound", "cell", "plain") for axis in "bh"]
 
 
-@gluon.jit(do_not_specialize=_SIZES)
+@gluon.jit(do_not_specialize=NUMBERS)
 def sums_kernel(
     q,
     keys,
@@ -174,14 +180,13 @@ def sums_kernel(
     bound_h,
     cell_b,
     cell_h,
-    plain_b,
-    plain_h,
+    turn_b,
+    turn_h,
     scale,
-    slots,
+    turns,
     samples,
     rows,
     columns,
-    width,
     heads,
     first_pair,
     D: gl.constexpr,
@@ -195,9 +200,9 @@ def sums_kernel(
     b = ((first_pair + pair) // heads).to(gl.int64)
     h = ((first_pair + pair) % heads).to(gl.int64)
     count = gl.load(q_bound + b * bound_b + h * bound_h + rows)
-    turns = (gl.load(cell + b * cell_b + h * cell_h + columns) * W + BN - 1) // BN
+    used = (gl.load(cell + b * cell_b + h * cell_h + columns) * W + BN - 1) // BN
     sample = gl.program_id(0) * (GROUPS * ROWS)
-    if (sample < count) & (turns > 0):
+    if (sample < count) & (used > 0):
         dtype: gl.constexpr = keys.dtype
         shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         signal: gl.constexpr = mbarrier.MBarrierLayout()
@@ -205,9 +210,6 @@ def sums_kernel(
         k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BN, D], shared)
         k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
         k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
-        go = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], signal)
-        for group in gl.static_range(GROUPS):
-            mbarrier.init(go.index(group), count=1)
         for stage in gl.static_range(STAGES):
             mbarrier.init(k_ready.index(stage), count=1)
             mbarrier.init(k_free.index(stage), count=GROUPS)
@@ -219,96 +221,63 @@ def sums_kernel(
             count,
             sample,
             scale * 1.4426950408889634,
+            used,
             turns,
-            width,
             samples,
-            plain + b * plain_b + h * plain_h,
-            key_token + (b * plain_b + h * plain_h) * BN,
-            sums + at * width * 8,
-            bases + at * width,
+            plain + b * turn_b + h * turn_h,
+            key_token + (b * turn_b + h * turn_h) * BN,
+            sums + at * turns * 8,
+            bases + at * turns,
             lse + at,
             k_bufs,
             k_ready,
             k_free,
-            go,
         )
+        before_hand_over()
         gl.warp_specialize(
             [
                 (_consumer, (parts, 0, q_bufs.index(0))),
                 (_consumer, (parts, 1, q_bufs.index(1))),
                 (_consumer, (parts, 2, q_bufs.index(2))),
-                (_producer, (parts, keys, pair * slots)),
+                (_producer, (parts, keys, pair * turns * BN)),
             ],
             [4, 4, 1],
             [160, 160, 24],
         )
 
 
-def sums(
-    q: Tensor,
-    q_tokens: Tensor,
-    q_bounds: Tensor,
-    cells: Cells,
-    kept: Kept,
-    first: int,
-    pairs: int,
-    scale: float,
-) -> None:
+def sums(probe: Probe) -> None:
     """As `triton`'s, in fp16 or bf16, for head sizes 64 and 128 and positive scales."""
-    depth, samples = q.shape[-1], q_tokens.shape[-1]
-    described = TensorDescriptor.from_tensor(kept.keys.view(-1, depth), [TURN, depth], _shared())
-    sums_kernel[(-(-samples // (_GROUPS * _ROWS)), pairs)](
-        q,
-        described,
-        q_tokens,
-        q_bounds,
-        cells.first,
-        cells.tokens,
-        cells.plain,
-        kept.sums,
-        kept.bases,
-        kept.lse,
-        *q.stride()[:3],
-        *lead_strides(q_tokens),
-        *lead_strides(q_bounds),
-        *lead_strides(cells.first),
-        *lead_strides(cells.plain),
-        scale,
-        cells.tokens.shape[-1],
-        samples,
-        q_bounds.shape[-1] - 1,
-        cells.first.shape[-1] - 1,
-        cells.plain.shape[-1],
-        q.shape[1],
-        first,
+    depth, samples = probe.q.shape[-1], probe.tokens.shape[-1]
+    rows = probe.kept.keys.view(-1, depth)
+    described = TensorDescriptor.from_tensor(rows, [TURN, depth], _shared())
+    launch(
+        sums_kernel,
+        (-(-samples // (_GROUPS * _ROWS)), probe.pairs),
+        probe.pointers(described),
+        probe.sizes(),
         D=depth,
         **_CONSTANTS,
         **LAUNCH,
     )
 
 
+@lru_cache(maxsize=1)
 def _shared() -> Any:
     """How keys lie in shared memory."""
     return gl.NVMMASharedLayout(128, 16, 2)
 
 
 def _specimen(dtype: str, depth: int) -> Specimen:
-    signature = {
-        "q": f"*{dtype}",
-        "keys": f"tensordesc<{dtype}[{TURN}, {depth}],{_shared()!r}>",
-        "q_token": "*i64",
-        **dict.fromkeys(("q_bound", "cell", "key_token"), "*i32"),
-        "plain": "*i8",
-        **dict.fromkeys(("sums", "bases", "lse"), "*fp32"),
-        "scale": "fp32",
+    constants = {
+        "D": depth,
+        **_CONSTANTS,
     }
-    constants = {"D": depth, **_CONSTANTS}
-    names = sums_kernel.arg_names
-    signature |= {n: "i32" for n in names if n not in signature and n not in constants}
+    keys = f"tensordesc<{dtype}[{TURN}, {depth}],{_shared()!r}>"
     return Specimen(
-        f"sums {dtype} D={depth}",
+        f"sums {dtype} D={depth} on Hopper",
         sums_kernel,
-        signature,
+        signature_of(sums_kernel, dtype, keys),
         constants,
         LAUNCH,
         least=90,
@@ -317,6 +286,12 @@ def _specimen(dtype: str, depth: int) -> Specimen:
     )
 
 
-_CONSTANTS = {"BN": TURN, "W": CELL, "STAGES": _STAGES, "GROUPS": _GROUPS, "ROWS": _ROWS}
+_CONSTANTS = {
+    "BN": TURN,
+    "W": CELL,
+    "STAGES": _STAGES,
+    "GROUPS": _GROUPS,
+    "ROWS": _ROWS,
+}
 LAUNCH = {"num_warps": 4, "maxnreg": 128}
 SPECIMENS = [_specimen("bf16", 128), _specimen("fp16", 64)]

@@ -3,7 +3,7 @@
 A softmax needs its normaliser before the shares of several queries can be added up. Either the
 logits are made twice, or a number is kept for each query and key block in between. Making them
 costs ``2 D`` operations and an exponential a pair; keeping a block's sum, relative to the largest
-of 128 keys, costs 9 bytes of traffic for every 16 pairs, which is the cheaper on every GPU so far.
+of 128 keys, costs 5 bytes of traffic for every 16 pairs, which is the cheaper on every GPU so far.
 A few heads at a time, so that what is kept stays small.
 
 Key blocks are cut into cells of 16 sampled keys, the last of each padded: a block of 64 keys is one
@@ -14,68 +14,61 @@ so that a product leaves all of a cell to one thread: column ``64 a + 8 b + 2 c 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.backends import HEAD_SIZES, is_hopper
+from dit_accel.kernels.block_importance.samples import (
+    CELL,
+    NUMBERS,
+    PER,
+    TURN,
+    Probe,
+    cells_of,
+    one_each,
+    room_for,
+    signature_of,
+)
 from dit_accel.kernels.gather import gather_rows, specimen
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import remembered
 from dit_accel.kernels.specimen import Specimen, typed
 
 LOG2E = tl.constexpr(1.4426950408889634)
-CELL = 16
-"""Sampled keys of a cell."""
-TURN = 128
-"""Slots for sampled keys that a kernel takes at once, of 8 cells."""
 KEPT_BYTES = 2**30
 """What the sums by query and cell may take."""
-
-
+BY_CELL = {"BR": 8, "BC": 256, "num_warps": 4}
 BY_BLOCK = {"BR": 8, "BC": 128, "num_warps": 4}
 
 
-class Kept(NamedTuple):
-    """What is kept of some heads: fp32 but for the keys.
-
-    ``keys`` ``[P, S, D]`` in slots; ``sums`` ``[P, M, S / 16]`` of weights by query and cell, in
-    powers of two relative to ``bases`` ``[P, S / 128, M]`` by turn and query; ``lse`` ``[P, M]``.
-    """
-
-    keys: Tensor
-    sums: Tensor
-    bases: Tensor
-    lse: Tensor
-
-
-@triton.jit(do_not_specialize=["heads", "first_pair", "slots", "samples", "rows", "columns"])
-def _sums(
-    q_ptr,
-    key_ptr,
-    q_token_ptr,
-    q_bound_ptr,
-    key_token_ptr,
-    cell_ptr,
-    sum_ptr,
-    base_ptr,
-    lse_ptr,
+@triton.jit(do_not_specialize=NUMBERS)
+def sums_kernel(
+    q,
+    keys,
+    q_token,
+    q_bound,
+    cell,
+    key_token,
+    plain,
+    sums,
+    bases,
+    lse,
     q_b,
     q_h,
     q_l,
-    q_token_b,
-    q_token_h,
-    q_bound_b,
-    q_bound_h,
-    key_token_b,
-    key_token_h,
+    token_b,
+    token_h,
+    bound_b,
+    bound_h,
     cell_b,
     cell_h,
+    turn_b,
+    turn_h,
     scale,
-    slots,
+    turns,
     samples,
     rows,
     columns,
@@ -88,140 +81,123 @@ def _sums(
 ):
     pair = tl.program_id(1).to(tl.int64)
     b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
-    count = tl.load(q_bound_ptr + b * q_bound_b + h * q_bound_h + rows)
+    count = tl.load(q_bound + b * bound_b + h * bound_h + rows)
     sample = tl.program_id(0) * BM + tl.arange(0, BM)
     if tl.program_id(0) * BM >= count:
         return
     there = sample < count
     depth = tl.arange(0, D)
-    token = tl.load(q_token_ptr + b * q_token_b + h * q_token_h + sample, mask=there, other=0)
+    token = tl.load(q_token + b * token_b + h * token_h + sample, mask=there, other=0)
     query = tl.load(
-        q_ptr + b * q_b + h * q_h + token[:, None] * q_l + depth[None, :],
+        q + b * q_b + h * q_h + token[:, None] * q_l + depth[None, :],
         mask=there[:, None],
         other=0.0,
     )
-    key_ptr += pair * slots * D
-    key_token_ptr += b * key_token_b + h * key_token_h
-    cells = tl.load(cell_ptr + b * cell_b + h * cell_h + columns)
-    turns = slots // BN
+    keys += pair * turns * (BN * D)
+    key_token += (b * turn_b + h * turn_h) * BN
+    cells = tl.load(cell + b * cell_b + h * cell_h + columns)
     line = (pair * samples + sample) * turns
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     column = tl.arange(0, BN)
-    cell = tl.arange(0, BN // W)
+    within = tl.arange(0, BN // W)
     for turn in range(0, (cells * W + BN - 1) // BN):
         at = turn * BN + column
-        key = tl.load(key_ptr + at[None, :] * D + depth[:, None])
-        full = tl.load(key_token_ptr + at) >= 0
+        key = tl.load(keys + at[None, :] * D + depth[:, None])
+        full = tl.load(key_token + at) >= 0
         logit = tl.dot(query, key, input_precision="ieee") * (scale * LOG2E)
         logit = tl.where(full[None, :], logit, float("-inf"))
-        # a turn has at least one key
         base = tl.max(logit, 1)
-        weight = tl.reshape(tl.exp2(logit - base[:, None]), [BM, 2, 8, 4, 2])
+        # a turn of empty blocks has no key
+        safe = tl.where(base == float("-inf"), 0.0, base)
+        weight = tl.reshape(tl.exp2(logit - safe[:, None]), [BM, 2, 8, 4, 2])
         halves = tl.sum(tl.sum(weight, 4), 2)
         by_cell = tl.reshape(tl.permute(halves, [0, 2, 1]), [BM, BN // W])
-        where = (line + turn)[:, None] * (BN // W) + cell[None, :]
-        tl.store(sum_ptr + where, by_cell, mask=there[:, None])
-        tl.store(base_ptr + (pair * turns + turn) * samples + sample, base, mask=there)
+        where = (line + turn)[:, None] * (BN // W) + within[None, :]
+        tl.store(sums + where, by_cell.to(sums.dtype.element_ty), mask=there[:, None])
+        tl.store(bases + (pair * turns + turn) * samples + sample, base, mask=there)
         new = tl.maximum(peak, base)
-        total = total * tl.exp2(peak - new) + tl.sum(by_cell, 1) * tl.exp2(base - new)
+        level = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(peak - level) + tl.sum(by_cell, 1) * tl.exp2(base - level)
         peak = new
-    tl.store(lse_ptr + pair * samples + sample, tl.log2(total) + peak, mask=there)
+    tl.store(lse + pair * samples + sample, tl.log2(total) + peak, mask=there)
 
 
-@triton.jit(do_not_specialize=["heads", "first_pair", "samples", "width", "rows", "columns"])
-def _by_block(
-    sum_ptr,
-    base_ptr,
-    lse_ptr,
-    q_bound_ptr,
-    cell_ptr,
-    out_ptr,
-    q_bound_b,
-    q_bound_h,
+@triton.jit(do_not_specialize=NUMBERS)
+def shares_kernel(
+    sums,
+    bases,
+    lse,
+    q_bound,
+    cell,
+    out,
+    bound_b,
+    bound_h,
     cell_b,
     cell_h,
+    turns,
     samples,
-    width,
     rows,
     columns,
     heads,
     first_pair,
+    EACH: tl.constexpr,
     PER: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
+    """Shares of some blocks of keys, added up over the samples of a block of queries."""
     pair = tl.program_id(2).to(tl.int64)
     b, h = (first_pair + pair) // heads, (first_pair + pair) % heads
     i = tl.program_id(1)
     column = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = column < columns
-    cell_ptr += b * cell_b + h * cell_h
-    cell = tl.load(cell_ptr + column, mask=inside, other=0)
-    cells = tl.load(cell_ptr + column + 1, mask=inside, other=0) - cell
-    q_bound_ptr += b * q_bound_b + h * q_bound_h
-    start = tl.load(q_bound_ptr + i)
-    stop = tl.load(q_bound_ptr + i + 1)
-    sum_ptr += pair * samples * width
-    base_ptr += pair * samples * (width // PER)
-    lse_ptr += pair * samples
-    total = tl.zeros([BR, BC], tl.float32)
-    most = tl.max(cells, 0)
-    for first in range(start, stop, BR):
-        sample = first + tl.arange(0, BR)
-        there = sample < stop
-        lse = tl.load(lse_ptr + sample, mask=there, other=0.0)
-        lse = tl.where(lse == float("-inf"), 0.0, lse)
-        for step in range(0, most):
-            known = there[:, None] & (inside & (step < cells))[None, :]
+    q_bound += b * bound_b + h * bound_h
+    start = tl.load(q_bound + i)
+    stop = tl.load(q_bound + i + 1)
+    # a multiple of 8, so that 8 sums are read at once
+    width = turns * PER
+    sums += pair * samples * width
+    bases += pair * samples * turns
+    lse += pair * samples
+    if EACH:
+        turn = tl.program_id(0) * (BC // PER) + tl.arange(0, BC // PER)
+        all_shares = tl.zeros([BR, BC // PER, PER], tl.float32)
+        for first in range(start, stop, BR):
+            sample = first + tl.arange(0, BR)
+            there = sample < stop
+            norm = tl.load(lse + sample, mask=there, other=0.0)
+            norm = tl.where(norm == float("-inf"), 0.0, norm)
+            known = there[:, None] & (turn < turns)[None, :]
+            at = turn[None, :].to(tl.int64) * samples + sample[:, None]
+            base = tl.load(bases + at, mask=known, other=float("-inf"))
+            known = there[:, None] & (column < width)[None, :]
+            at = sample[:, None].to(tl.int64) * width + column[None, :]
+            part = tl.load(sums + at, mask=known, other=0.0)
+            part = tl.reshape(part, [BR, BC // PER, PER]).to(tl.float32)
+            all_shares += part * tl.exp2(base - norm[:, None])[:, :, None]
+        total = tl.reshape(tl.sum(all_shares, 0), [BC])
+    else:
+        cell += b * cell_b + h * cell_h
+        first_cell = tl.load(cell + column, mask=inside, other=0)
+        cells = tl.load(cell + column + 1, mask=inside, other=0) - first_cell
+        most = tl.max(cells, 0)
+        shares = tl.zeros([BR, BC], tl.float32)
+        for first in range(start, stop, BR):
+            sample = first + tl.arange(0, BR)
+            there = sample < stop
+            norm = tl.load(lse + sample, mask=there, other=0.0)
+            norm = tl.where(norm == float("-inf"), 0.0, norm)
             line = sample.to(tl.int64)[:, None]
-            at = (cell + step)[None, :]
-            part = tl.load(sum_ptr + line * width + at, mask=known, other=0.0)
-            turn = (at // PER).to(tl.int64)
-            base = tl.load(base_ptr + turn * samples + line, mask=known, other=0.0)
-            total += part * tl.exp2(base - lse[:, None])
-    tl.store(
-        out_ptr + (((b * heads + h) * rows + i) * columns + column), tl.sum(total, 0), mask=inside
-    )
-
-
-class Cells(NamedTuple):
-    """Blocks of samples padded to whole cells, and those to whole turns.
-
-    ``tokens`` int32 ``[B|1, H|1, S]``, a token for each slot or -1; ``first`` int32
-    ``[B|1, H|1, N + 1]``, the cells of each block; ``plain`` int8 ``[B|1, H|1, S / 128]``, turns
-    without a -1.
-    """
-
-    tokens: Tensor
-    first: Tensor
-    plain: Tensor
-
-
-def _cells(bounds: Tensor, tokens: Tensor, longest: int | None) -> Cells:
-    bounds = bounds.long()
-    lead = tuple(max(a, b) for a, b in zip(bounds.shape[:2], tokens.shape[:2], strict=True))
-    bounds, tokens = bounds.expand(*lead, -1), tokens.expand(*lead, -1)
-    count = bounds.diff(dim=-1)
-    ends = (-(-count // CELL)).cumsum(-1)
-    cells = torch.nn.functional.pad(ends, (1, 0))
-    most = tokens.shape[-1] // CELL + count.shape[-1]
-    if longest is not None:
-        most = min(most, count.shape[-1] * -(-longest // CELL))
-    slots = -(-most * CELL // TURN) * TURN
-    slot = torch.arange(slots, device=tokens.device)
-    turn, column = slot // TURN, slot % TURN
-    of = turn * (TURN // CELL) + column % 8 // 2 * 2 + column // 64
-    within = column % 64 // 8 * 2 + column % 2
-    of, within = of.expand(*lead, -1).contiguous(), within.expand(*lead, -1)
-    block = torch.searchsorted(ends.contiguous(), of, right=True)
-    block.clamp_(max=count.shape[-1] - 1)
-    inside = (of - cells.gather(-1, block)) * CELL + within
-    keep = (inside < count.gather(-1, block)) & (of < ends[..., -1:])
-    where = (bounds.gather(-1, block) + inside).clamp_(max=tokens.shape[-1] - 1)
-    token = tokens.gather(-1, where).masked_fill_(~keep, -1).to(torch.int32)
-    plain = (token.view(*lead, -1, TURN) >= 0).all(-1)
-    return Cells(token, cells.to(torch.int32), plain.to(torch.int8))
+            for step in range(0, most):
+                known = there[:, None] & (inside & (step < cells))[None, :]
+                at = (first_cell + step)[None, :]
+                part = tl.load(sums + line * width + at, mask=known, other=0.0)
+                turn_at = (at // PER).to(tl.int64) * samples
+                base = tl.load(bases + turn_at + line, mask=known, other=float("-inf"))
+                shares += part.to(tl.float32) * tl.exp2(base - norm[:, None])
+        total = tl.sum(shares, 0)
+    tl.store(out + (((b * heads + h) * rows + i) * columns + column), total, mask=inside)
 
 
 def block_importance(
@@ -243,86 +219,51 @@ def block_importance(
     q = q if q.stride(3) == 1 else q.contiguous()
     k = k if k.stride(3) == 1 else k.contiguous()
     cells = remembered(
-        k_tokens, k_bounds, ("cells", k_longest), lambda: _cells(k_bounds, k_tokens, k_longest)
+        k_tokens, k_bounds, ("cells", k_longest), lambda: cells_of(k_tokens, k_bounds, k_longest)
     )
     q_tokens, q_bounds = q_tokens.contiguous(), q_bounds.contiguous()
     slots = cells.tokens.shape[-1]
-    width = slots // CELL
+    each = one_each(k_longest)
     pairs = batch * heads
-    at_once = min(pairs, max(1, KEPT_BYTES // (samples * width * 4)))
-    kept = Kept(
-        torch.empty(at_once, slots, depth, dtype=k.dtype, device=k.device),
-        torch.empty(at_once, samples, width, dtype=torch.float32, device=k.device),
-        torch.empty(at_once, slots // TURN, samples, dtype=torch.float32, device=k.device),
-        torch.empty(at_once, samples, dtype=torch.float32, device=k.device),
-    )
-    run = _sums_of
+    size = samples * (slots // CELL) * (2 if q.dtype.itemsize == 2 else 4)
+    parts = -(-pairs // min(pairs, max(1, KEPT_BYTES // size)))
+    kept = room_for(-(-pairs // parts), samples, slots, q)
+    run = _sums
     if q.dtype.itemsize == 2 and depth in HEAD_SIZES and scale > 0 and is_hopper(q.device):
         from dit_accel.kernels.block_importance import hopper
 
         run = hopper.sums
-    for first in range(0, pairs, at_once):
-        some = min(at_once, pairs - first)
-        gather_rows(k, cells.tokens, kept.keys, first, some)
-        run(q, q_tokens, q_bounds, cells, kept, first, some, scale)
-        _by_block[(triton.cdiv(columns, BY_BLOCK["BC"]), rows, some)](
-            kept.sums,
-            kept.bases,
-            kept.lse,
-            q_bounds,
-            cells.first,
-            out,
-            *lead_strides(q_bounds),
-            *lead_strides(cells.first),
-            samples,
-            width,
-            rows,
-            columns,
-            heads,
-            first,
-            PER=TURN // CELL,
-            **BY_BLOCK,
+    tile = BY_CELL if each else BY_BLOCK
+    for part in range(parts):
+        # as even as can be
+        first, last = pairs * part // parts, pairs * (part + 1) // parts
+        gather_rows(k, cells.tokens, kept.keys, first, last - first)
+        run(Probe(q, q_tokens, q_bounds, cells, kept, float(scale), first, last - first))
+        launch(
+            shares_kernel,
+            (-(-columns // tile["BC"]), rows, last - first),
+            (kept.sums, kept.bases, kept.lse, q_bounds, cells.first, out),
+            (
+                *(*lead_strides(q_bounds), *lead_strides(cells.first)),
+                *(slots // TURN, samples, rows, columns, heads, first),
+            ),
+            EACH=each,
+            PER=PER,
+            **tile,
         )
     return out
 
 
-def _sums_of(
-    q: Tensor,
-    q_tokens: Tensor,
-    q_bounds: Tensor,
-    cells: Cells,
-    kept: Kept,
-    first: int,
-    pairs: int,
-    scale: float,
-) -> None:
+def _sums(probe: Probe) -> None:
     """Fill what is kept of some heads of a batch, from the keys in it."""
-    half = q.dtype != torch.float32
+    half = probe.q.dtype.itemsize == 2
     block = 128 if half else 64
-    samples, depth = q_tokens.shape[-1], q.shape[-1]
-    _sums[(triton.cdiv(samples, block), pairs)](
-        q,
-        kept.keys,
-        q_tokens,
-        q_bounds,
-        cells.tokens,
-        cells.first,
-        kept.sums,
-        kept.bases,
-        kept.lse,
-        *q.stride()[:3],
-        *lead_strides(q_tokens),
-        *lead_strides(q_bounds),
-        *lead_strides(cells.tokens),
-        *lead_strides(cells.first),
-        scale,
-        cells.tokens.shape[-1],
-        samples,
-        q_bounds.shape[-1] - 1,
-        cells.first.shape[-1] - 1,
-        q.shape[1],
-        first,
-        D=depth,
+    launch(
+        sums_kernel,
+        (-(-probe.tokens.shape[-1] // block), probe.pairs),
+        probe.pointers(probe.kept.keys),
+        probe.sizes(),
+        D=probe.q.shape[-1],
         BM=block,
         BN=TURN,
         W=CELL,
@@ -332,41 +273,36 @@ def _sums_of(
 
 
 def _specimens(depth: int, dtype: str) -> list[Specimen]:
-    types = {
-        "q_ptr": f"*{dtype}",
-        "key_ptr": f"*{dtype}",
-        "key_token_ptr": "*i32",
-        "q_token_ptr": "*i64",
-        "q_bound_ptr": "*i32",
-        "cell_ptr": "*i32",
-        "sum_ptr": "*fp32",
-        "base_ptr": "*fp32",
-        "lse_ptr": "*fp32",
-        "out_ptr": "*fp32",
-        "scale": "fp32",
-    }
-    plain: list[tuple[Any, dict[str, int], dict[str, int]]] = [
-        (
-            _sums,
-            {"D": depth, "BM": 128, "BN": TURN, "W": CELL},
-            {"num_warps": 8, "num_stages": 3},
-        ),
-        (_by_block, {"PER": TURN // CELL, "BR": 8, "BC": 128}, {"num_warps": 4}),
-    ]
-    return [
+    constants = {"D": depth, "BM": 128, "BN": TURN, "W": CELL}
+    found = [
         specimen(depth, dtype),
-        *(
-            Specimen(
-                f"{kernel.__name__} {dtype} D={depth}",
-                kernel,
-                typed(kernel, constants, **types),
-                constants,
-                options,
-                aligned=("q_b", "q_h", "q_l"),
-            )
-            for kernel, constants, options in plain
+        Specimen(
+            f"sums {dtype} D={depth}",
+            sums_kernel,
+            signature_of(sums_kernel, dtype, f"*{dtype}"),
+            constants,
+            {"num_warps": 8, "num_stages": 3},
+            aligned=("q_b", "q_h", "q_l"),
         ),
     ]
+    for each, tile in ((True, BY_CELL), (False, BY_BLOCK)):
+        constants = {"EACH": each, "PER": PER, "BR": tile["BR"], "BC": tile["BC"]}
+        types = {"sums": "*fp16", **dict.fromkeys(("bases", "lse", "out"), "*fp32")}
+        types |= {"q_bound": "*i32", "cell": "*i32"}
+        found.append(
+            Specimen(
+                f"shares {'by cell' if each else 'by block'}",
+                shares_kernel,
+                typed(shares_kernel, constants, **types),
+                constants,
+                {"num_warps": tile["num_warps"]},
+            )
+        )
+    return found
 
 
-SPECIMENS = [*_specimens(64, "fp16"), *_specimens(128, "bf16")]
+SPECIMENS = (
+    [*_specimens(64, "fp16"), *_specimens(128, "bf16")]
+    if isinstance(sums_kernel, triton.JITFunction)
+    else []
+)

@@ -11,15 +11,14 @@ from typing import Any
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dit_accel.kernels.gluon_names import before_hand_over, load_box
 from dit_accel.kernels.kmeans.clusters import Clusters
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.specimen import Specimen
 
-# renamed between Triton 3.6 and 3.9
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _ROWS = gl.constexpr(64)
 """Tokens of a warp group."""
 _GROUPS = gl.constexpr(3)
@@ -35,7 +34,7 @@ def _bring(centres, bufs, ready, free, row, tiles):
         at = i % stages
         mbarrier.wait(free.index(at), ((i // stages) & 1) ^ 1)
         mbarrier.expect(ready.index(at), width * depth * 2)
-        _load(centres, [row + i * width, 0], ready.index(at), bufs.index(at))
+        load_box(centres, [row + i * width, 0], ready.index(at), bufs.index(at))
 
 
 @gluon.jit
@@ -146,6 +145,7 @@ def assign_kernel(
         halves = half + pair * tiles * width
         labels = label + pair.to(gl.int64) * length
         stride = gl.to_tensor(x_l)
+        before_hand_over()
         gl.warp_specialize(
             [
                 (_nearest, (own, here, halves, labels, moved, stride, first, length, clusters,

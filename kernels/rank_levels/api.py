@@ -11,8 +11,6 @@ from dit_accel.kernels.backends import implementation, interpreted, resolve
 
 LONGEST = 4096
 """Entries of a row that the kernel holds at once."""
-
-
 MOST = 7
 """Bounds that the kernel tells apart."""
 
@@ -23,8 +21,10 @@ def rank_levels(
     bounds: Tensor,
     *,
     inclusive: bool = False,
+    shares: bool = False,
     codes: Sequence[int] | None = None,
     out: Tensor | None = None,
+    beyond: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """How many bounds an entry is within, when a row is added up from its best entry down.
@@ -32,18 +32,22 @@ def rank_levels(
     Args:
         score: fp32 or fp64 ``[B, H, N, M]``, ranked from the largest; of equal ones the first comes
             first. ``-inf`` is never within a bound. No NaN.
-        worth: ``[B, H, N|1, M]``, at least 0, what is added up.
+        worth: ``[B|1, H|1, N|1, M]``, at least 0, what is added up; of bool, each is worth 1 or
+            nothing.
         bounds: ``[B|1, H|1, N|1, K]``.
         inclusive: an entry is within a bound if what is added up with it does not exceed it;
             otherwise if what is added up before it is below it.
+        shares: bounds are shares of what a row's entries are worth together.
         codes: what is written for 0, 1, ... ``K`` bounds, each of 0 to 15; the number itself by
             default.
-        out: int8, as ``score``, of any strides but the last, to be filled and returned.
+        out: int8 ``[B, H, N or more, M or more]``, of any strides but the last, to be filled and
+            returned.
+        beyond: what is written where ``out`` is larger than ``score``.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``, which adds in fp32; a named one never
             falls back.
 
     Returns:
-        int8, as ``score``.
+        int8, as ``score``, or ``out``.
 
     Raises:
         ValueError: what was given does not fit.
@@ -64,24 +68,33 @@ def rank_levels(
         raise ValueError(f"codes: expected {number + 1} of 0 to 15, got {list(codes)}")
     if out is None:
         out = torch.empty(score.shape, dtype=torch.int8, device=score.device)
-    elif out.dtype != torch.int8 or out.shape != score.shape or out.stride(3) != 1:
+    elif (
+        out.dtype != torch.int8
+        or out.shape[:2] != score.shape[:2]
+        or any(a < b for a, b in zip(out.shape[2:], (rows, width), strict=True))
+        or out.stride(3) != 1
+    ):
         raise ValueError(
-            f"out: expected int8 {list(score.shape)} with a last stride of 1, got {out.dtype} "
-            f"{list(out.shape)} of strides {list(out.stride())}"
+            f"out: expected int8 [{batch}, {heads}, {rows} or more, {width} or more] with a last "
+            f"stride of 1, got {out.dtype} {list(out.shape)} of strides {list(out.stride())}"
         )
-    refusal = None
-    if score.dtype != torch.float32:
-        refusal = f"it takes fp32, not {score.dtype}"
-    elif width > LONGEST:
-        refusal = f"it takes rows of up to {LONGEST} entries, not {width}"
-    elif number > MOST:
-        refusal = f"it takes up to {MOST} bounds, not {number}"
-    elif score.device.type != "cuda" and not interpreted():
-        refusal = f"it runs on CUDA devices, not on {score.device.type}"
     known = ("auto", "reference", "triton")
-    chosen = resolve(backend, score, known, refusal, any_size=True)
+    chosen = resolve(backend, score, known, _refusal(score, out, number), any_size=True)
     if out.numel():
         with torch.no_grad():
             run = implementation("rank_levels", chosen).rank_levels
-            run(score, worth, bounds, inclusive, codes, out)
+            run(score, worth, bounds, inclusive, shares, codes, out, beyond)
     return out
+
+
+def _refusal(score: Tensor, out: Tensor, number: int) -> str | None:
+    """Why the kernel cannot take a call."""
+    if score.dtype != torch.float32:
+        return f"it takes fp32, not {score.dtype}"
+    if out.shape[3] > LONGEST:
+        return f"it takes rows of up to {LONGEST} entries, not {out.shape[3]}"
+    if number > MOST:
+        return f"it takes up to {MOST} bounds, not {number}"
+    if score.device.type != "cuda" and not interpreted():
+        return f"it runs on CUDA devices, not on {score.device.type}"
+    return None

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dit_accel.kernels.ragged import pick
 
+_LEAST = torch.finfo(torch.float32).tiny
+"""What a row is worth at least, where bounds are shares of it."""
 WORKSPACE_BYTES = 64 * 2**20
 """About what the rows of one chunk may take when they are sorted."""
 
@@ -18,20 +20,29 @@ def rank_levels(
     worth: Tensor,
     bounds: Tensor,
     inclusive: bool,
+    shares: bool,
     codes: Sequence[int],
     levels: Tensor,
+    beyond: int,
 ) -> None:
     batch, heads, rows, width = score.shape
+    if levels.shape != score.shape:
+        levels.fill_(beyond)
     meant = torch.tensor(codes, dtype=torch.int8, device=score.device)
     step = max(1, WORKSPACE_BYTES // max(1, 40 * width))
     for b in range(batch):
         for h in range(heads):
             values, limits = pick(worth, b, h), pick(bounds, b, h).double()
-            values, limits = values.expand(rows, -1), limits.expand(rows, -1)
+            values = values.expand(rows, -1)
             for first in range(0, rows, step):
-                some = slice(first, first + step)
-                found = _levels(score[b, h, some], values[some], limits[some], inclusive)
-                levels[b, h, some] = meant[found.int()]
+                some = slice(first, min(rows, first + step))
+                line = score[b, h, some]
+                limit = limits.expand(rows, -1)[some]
+                if shares:
+                    within = values[some].double().masked_fill(line == -torch.inf, 0)
+                    limit = limit * within.sum(-1, keepdim=True).clamp(min=_LEAST)
+                found = _levels(line, values[some], limit, inclusive)
+                levels[b, h, some, :width] = meant[found.int()]
 
 
 def _levels(score: Tensor, worth: Tensor, bounds: Tensor, inclusive: bool) -> Tensor:

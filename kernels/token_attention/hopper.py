@@ -25,8 +25,8 @@ from triton.language.core import _aggregate as aggregate
 
 from dit_accel.kernels.block_attention.hopper import shared_layout
 from dit_accel.kernels.block_attention.softmax import _soften, _soften_plain
-from dit_accel.kernels.block_attention.warps import _load
 from dit_accel.kernels.gather import gather_rows
+from dit_accel.kernels.gluon_names import before_hand_over, load_box
 from dit_accel.kernels.packed import START_BIT, compact
 from dit_accel.kernels.specimen import Specimen
 from dit_accel.kernels.token_attention.lists import (
@@ -62,7 +62,7 @@ def _bring(desc, entries, row, buffer, ready, BOX: gl.constexpr):
     depth: gl.constexpr = buffer.shape[1]
     mbarrier.expect(ready, width * depth * 2)
     for i in gl.static_range(width // BOX):
-        _load(desc, [row + (entries[i] >> _START), 0], ready, buffer.slice(i * BOX, BOX))
+        load_box(desc, [row + (entries[i] >> _START), 0], ready, buffer.slice(i * BOX, BOX))
 
 
 @gluon.jit
@@ -402,6 +402,7 @@ def attend_kernel(
         v_ready,
         v_free,
     )
+    before_hand_over()
     gl.warp_specialize(
         [
             (_consumer, (shares, 0, q_bufs, BOX)),

@@ -110,7 +110,14 @@ _COUNT = Path(__file__).parents[1] / "support" / "host_work.py"
 
 @pytest.mark.parametrize(
     ("method", "kernels", "others"),
-    [("pisa", 10, 0), ("moment", 10, 0), ("flashblock", 4, 0), ("svg_ear", 29, 9)],
+    [
+        ("pisa", 10, 0),
+        ("moment", 10, 0),
+        ("flashblock", 4, 0),
+        ("svg_ear", 29, 9),
+        ("psa", 8, 0),
+        ("psa, thresholds", 8, 0),
+    ],
 )
 def test_how_much_a_call_launches(method, kernels, others):
     """On Hopper, in a step after the first: a bound that a launch more has to raise by hand."""

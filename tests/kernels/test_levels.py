@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.block_attention import levels
-from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, compact, pooled, tiles
+from dit_accel.kernels.block_attention import levels, means, problem
+from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, compact
 
 LENGTH = 333
 
@@ -41,22 +41,18 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
     blocks = offsets.shape[-1] - 1
     drawn = torch.randint(0, len(kinds), (2, 1, 2, blocks), generator=generator)
     code = torch.tensor(kinds, dtype=torch.int8)[drawn]
-    exact = tiles(order.offsets, LENGTH, size, longest)
-    pyramid = pooled(
-        order.offsets, LENGTH, (2, 4, 8), lambda level: levels.box_of(level, size), longest
-    )
-    found = levels.mixed(exact, pyramid, blocks, size)
+    found = means.rows_of(order.offsets, LENGTH, size, longest)
     listed, counts = levels.packed_levels(code, found, 2, 1, size)
     assert listed.shape == (2, 1, 2, found.most)
-    keys_of = rows_of(pyramid)
+    keys_of = meaning(found)
     for row, number, kind in zip(
         listed.view(-1, found.most), counts.view(-1, 8), code.view(-1, blocks), strict=True
     ):
         at, seen = 0, []
         for i, level in enumerate((1, 2, 4, 8)):
-            box = levels.box_of(level, size)
+            box = means.box_of(level, size)
             full, every = number[2 * i : 2 * i + 2].tolist()
-            padded = -(-every // (levels.TURN // box)) * (levels.TURN // box)
+            padded = -(-every // (means.TURN // box)) * (means.TURN // box)
             entries = row[at : at + padded].tolist()
             assert not any(entries[every:])
             for j, entry in enumerate(entries[:every]):
@@ -69,7 +65,7 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
                     assert count == per
                     seen += [(key, level) for key in range(first, first + count)]
             at += padded
-        assert not row[at : at + levels.AHEAD].any()
+        assert not row[at : at + problem.AHEAD].any()
         wanted = [
             (key, int(kind[block]))
             for block in range(blocks)
@@ -79,24 +75,72 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
         assert sorted(seen) == sorted(wanted)
 
 
-def rows_of(pyramid):
-    """Where in the order the keys of every row of a table begin, and how many they are."""
-    rows = [(place, 1) for place in range(LENGTH)]
-    for span in pyramid.span[0, 0].tolist():
-        rows.append((span >> START_BIT, span & ((1 << LENGTH_BITS) - 1)))
+def meaning(found):
+    """What every row of a table stands for: its first key in the order, and how many keys."""
+    rows = {place: (place, 1) for place in range(LENGTH)}
+    starts = found.first[0, 0, 0].tolist()
+    for level, first in zip((2, 4, 8), found.first[0, 0, 1:].tolist(), strict=True):
+        for begin, stop, at in zip(starts, starts[1:], first, strict=False):
+            for i, key in enumerate(range(begin, stop, level)):
+                assert at + i not in rows, "no row is two blocks'"
+                rows[at + i] = key, min(level, stop - key)
+    assert max(rows) < found.height
     return rows
+
+
+@pytest.mark.parametrize(
+    ("longest", "padded", "dtype"),
+    [
+        (64, False, torch.float16),
+        (64, True, torch.float32),
+        (32, True, torch.float16),
+        (128, False, torch.float32),
+        (None, True, torch.float16),
+    ],
+)
+def test_tables_hold_keys_and_means(dtype, longest, padded):
+    generator = torch.Generator().manual_seed(4)
+    perm, offsets = orders(longest, generator)
+    valid = torch.rand(2, LENGTH, generator=generator) < 0.8 if padded else None
+    k, v = torch.randn(2, 2, 1, LENGTH, 16, generator=generator).to(dtype)
+    if padded:
+        k = k.masked_fill(~valid[:, None, :, None], torch.nan)
+    order = compact(perm, offsets, valid)
+    found = means.rows_of(order.offsets, LENGTH, 64, longest)
+    *tables, rows, zero = means.tables_with_means(k.mT.contiguous().mT, v, order, found)
+    assert rows.data_ptr() == tables[0].data_ptr()
+    assert rows.shape == (2 * 2 * found.height, 16)
+    assert zero == 0
+    for x, table in zip((k, v), tables, strict=True):
+        assert table.shape == (2, 1, found.height, 16)
+        for b in range(2):
+            own = order.perm[b if padded else 0, 0].long()
+            here = found._replace(first=found.first[b if padded else 0][None])
+            rows = meaning(here)
+            starts = here.first[0, 0, 0].tolist()
+            sums = torch.zeros(1, found.height, 16, dtype=torch.float64)
+            counts = torch.ones(found.height, dtype=torch.float64)
+            for place, (key, number) in rows.items():
+                if key < starts[-1]:
+                    tokens = own[key : key + number]
+                    sums[:, place] = x[b][:, tokens].double().sum(1)
+                    counts[place] = number
+            wanted = sums / counts[:, None]
+            # rounded once, from sums in fp32
+            bound = wanted.abs() * torch.finfo(dtype).eps + 1e-6
+            assert ((table[b] - wanted).abs() <= bound).all()
 
 
 def test_heads_are_taken_as_memory_allows(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     _, offsets = orders(64, generator)
-    pyramid = pooled(offsets, LENGTH, (2, 4, 8), lambda level: levels.box_of(level, 64), 64)
+    found = means.rows_of(offsets, LENGTH, 64, 64)
     k = torch.empty(2, 5, LENGTH, 16)
     marks = torch.arange(10).view(2, 5)
-    one = 2 * pyramid.height * 16 * 4
+    one = 2 * found.height * 16 * 4
     monkeypatch.setattr(levels, "TABLE_BYTES", 2 * one)
-    groups = [some(marks).flatten().tolist() for some in levels.head_groups(k, pyramid)]
+    groups = [some(marks).flatten().tolist() for some in levels.head_groups(k, found)]
     assert [mark for group in groups for mark in group] == list(range(10))
     assert max(map(len, groups)) == 2
-    (whole,) = levels.head_groups(k, pyramid, whole=True)
+    (whole,) = levels.head_groups(k, found, whole=True)
     assert torch.equal(whole(marks), marks)

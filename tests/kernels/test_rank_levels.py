@@ -61,6 +61,52 @@ def test_codes_are_written_where_they_belong(backend):
     assert (around == 99).sum() == around.numel() - within.numel()
 
 
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+def test_shares_are_of_what_a_row_is_worth(ties, counted):
+    generator = torch.Generator().manual_seed(2)
+    score = torch.rand(1, 3, 2, 37, generator=generator)
+    score[0, 2, 1] = 0.25
+    score[0, 0, :, 7] = -torch.inf
+    if ties:
+        score = (score * 4).round()
+    worth = torch.randint(0, 3, (1, 1, 1, 37), generator=generator)
+    worth = worth > 0 if counted else worth.float()
+    shares = torch.tensor([0.0, 0.25, 0.3, 0.9, 1.0], dtype=torch.float64)
+    total = worth.double().expand_as(score).masked_fill(score == -torch.inf, 0).sum(-1)
+    for inclusive in (False, True):
+        options = {"inclusive": inclusive, "shares": True}
+        bounds = (shares * total.unsqueeze(-1)).float().double()
+        wanted = torch.stack(
+            [
+                by_loop(
+                    score[:, h : h + 1],
+                    worth.expand(-1, -1, 2, -1),
+                    bounds[:, h : h + 1],
+                    inclusive,
+                )[:, 0]
+                for h in range(3)
+            ],
+            1,
+        )
+        limits = shares.view(1, 1, 1, -1)
+        for backend in ("triton",) if ties else ("reference", "triton"):
+            got = rank_levels(score, worth, limits, backend=backend, **options)
+            assert torch.equal(got, wanted), (backend, inclusive)
+        assert got.unique().numel() > 3
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_what_lies_beyond_the_scores_is_written_too(backend):
+    score = torch.rand(1, 2, 3, 5, generator=torch.Generator().manual_seed(3))
+    worth, bounds = torch.ones(1, 1, 1, 5, dtype=torch.bool), torch.tensor([[[[2.0]]]])
+    out = torch.full((1, 2, 6, 9), 99, dtype=torch.int8)[..., :8]
+    rank_levels(score, worth, bounds, out=out, beyond=7, backend=backend)
+    assert torch.equal(out[:, :, :3, :5], rank_levels(score, worth, bounds, backend="reference"))
+    assert (out[:, :, 3:] == 7).all()
+    assert (out[..., 5:] == 7).all()
+
+
 def test_what_does_not_fit_is_told():
     score = torch.zeros(1, 1, 2, 3)
     with pytest.raises(ValueError, match=r"worth: expected \[1\|1, 1\|1, 2\|1, 3\]"):

@@ -165,8 +165,12 @@ def test_errors_of_a_compiled_model_are_the_same(zoo, graphs):
     assert wan.go(pipe).isfinite().all()
 
 
+# every call of a block counts as a new iteration, and frees what the call before returned
+FREED = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="CUDA graphs of single blocks")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=FREED)])
 def test_compiled_for_a_gpu(family, mode):
     pipe = family.pipe().to("cuda")
     dit_accel.accelerate(pipe, "pisa", dense_steps=2, **METHODS["pisa"])

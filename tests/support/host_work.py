@@ -24,6 +24,8 @@ METHODS = {
     "pisa": lambda: presets.pisa(density=0.15),
     "moment": lambda: presets.pisa(density=0.15, rest="moment"),
     "flashblock": lambda: presets.flashblock(inner="pisa", density=0.15),
+    "psa": lambda: presets.psa(mode="topk", ratios=(0.05, 0.15, 0.25, 0.45)),
+    "psa, thresholds": lambda: presets.psa(),
     "svg_ear": lambda: presets.svg_ear(density=0.22),
 }
 _FREE = {"empty", "new_empty", "view", "alias", "expand", "squeeze", "unsqueeze", "select", "slice"}
@@ -65,7 +67,8 @@ def pretend():
             for what, answer in (("triton_refusal", None), ("is_hopper", True)):
                 if hasattr(module, what):
                     setattr(module, what, lambda *_, answer=answer: answer)
-            if name.endswith(("topk.api", "pair_count.api", "label_order.api", "error_probe.api")):
+            kernels = ("topk", "pair_count", "label_order", "error_probe", "rank_levels")
+            if name.endswith(tuple(f"{kernel}.api" for kernel in kernels)):
                 module._refusal = lambda *_: None
 
 
@@ -75,6 +78,8 @@ def main(name):
 
     def run(self, *args, grid, **options):
         launched[self.fn.__name__] += 1
+        missing = set(self.arg_names[len(args) :]) - set(options)
+        assert not missing, f"{self.fn.__name__}: {missing}"
 
     JITFunction.run = run
     launch._DIRECT = False
