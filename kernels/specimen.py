@@ -100,7 +100,23 @@ def compile_for(specimen: Specimen, architecture: int) -> Usage:
     made = _source_of(kernel)(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", architecture, 32)
     binary = triton.compile(made, target=target, options=dict(specimen.options))
+    reused = overwritten(binary.asm["ptx"])
+    if reused:
+        raise RuntimeError(f"{specimen.name}: expected barriers to be left alone, got {reused}")
     return _usage(binary.asm["cubin"], binary.metadata.shared)
+
+
+def overwritten(ptx: str) -> list[int]:
+    """Bytes of shared memory that are made a barrier, and written to as something else.
+
+    The compiler gives memory whose last use it has seen to whatever comes next, and a barrier that
+    is made and never waited for has its last use at once. Nothing orders the two writes.
+    """
+    places = dict(re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx))
+    made = re.findall(r"mbarrier\.init\S*\s+\[(%r\d+)\]", ptx)
+    barriers = {int(places[register]) for register in made if register in places}
+    written = {int(at) for at in re.findall(r"st\.shared\S*\s+\[global_smem\+(\d+)\]", ptx)}
+    return sorted(barriers & written)
 
 
 def _source_of(kernel: Any) -> Any:
