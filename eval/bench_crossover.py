@@ -32,8 +32,8 @@ from dit_accel.method import Method
 from dit_accel.state import State
 from dit_accel.types import Context, Geometry
 
-GRIDS: Final = ((1, 32, 32), (2, 32, 32), (4, 32, 32), (8, 32, 32), (4, 64, 64), (8, 64, 64))
-"""Video grids of 1,024 tokens up to 32,768."""
+GRIDS: Final = ((1, 32, 32), (2, 32, 32), (4, 32, 32), (8, 32, 32), (4, 64, 64), (21, 30, 52))
+"""Video grids of 1,024 tokens up to 32,760, which is Wan 1.3B at 480p."""
 HEADS: Final = (12, 24, 40)
 HEAD_DIM: Final = 128
 SETTINGS: Final[dict[str, tuple[tuple[str, Mapping[str, Any]], ...]]] = {
