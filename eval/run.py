@@ -106,7 +106,8 @@ def work(
 ) -> None:
     """Make every sample of a process's share that is not there yet.
 
-    What fails is noted, and the others are made all the same.
+    What fails is noted, and the others are made all the same, unless the GPU does not answer this
+    process any more, as after an illegal memory access: that leaves the rest missing.
     """
     bench = Bench(pipe, settings, rank.sharing(settings.device))
     mine = share(settings, rank)
@@ -127,10 +128,22 @@ def work(
             text = settings.prompts[key.prompt].text
             told = f"{type(error).__name__}: {error}"
             store.fail(Failure(*_names(key, text), told, traceback.format_exc()))
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            if not _device_goes_on():
+                return
         done += 1
         tell()
+
+
+def _device_goes_on() -> bool:
+    """Whether a sample that failed leaves a GPU that can be used; its memory is given back."""
+    if not torch.cuda.is_available():
+        return True
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _names(key: Key, text: str) -> tuple[str, int, str, int]:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_accel import InputError
 from dit_accel.cli import main
 from dit_accel.eval import export, instrument, looks
-from dit_accel.eval.measure import load_for
+from dit_accel.eval.measure import Bench, load_for
 from dit_accel.eval.run import Group, Rank, outcome_of, rank_of_environment, run, share, work
 from dit_accel.eval.samples import PARTS, Key, Variant
 from dit_accel.eval.store import Store
@@ -221,6 +221,24 @@ def test_what_fails_is_listed_and_the_rest_kept(pipe, settings, tmp_path):
     assert summary.variant("greedy").failed == 1
     assert set(summary.variant("greedy").absent) == set(summary.measures)
     assert not summary.complete
+
+
+def test_a_gpu_that_is_lost_leaves_the_rest_missing(pipe, settings, tmp_path, monkeypatch):
+    def lost(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Bench, "make", lost)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    out = Store(tmp_path / "run")
+    out.claim(settings)
+    work(out, settings, pipe)
+    outcome = outcome_of(out)
+    every = settings.every_key()
+    assert [failure.key for failure in outcome.failures] == [every[0]]
+    assert "illegal memory access" in outcome.failures[0].error
+    assert set(outcome.missing) == set(every[1:])
+    assert not outcome.complete
 
 
 def test_other_files_of_the_model_are_refused(settings):
