@@ -3,7 +3,8 @@
 Variants are paired by name, and samples by prompt and seed. Of each measure that single samples
 have, the mean difference is tested by exchanging signs, over prompts, and false discoveries among
 all tests are kept below 5% (Benjamini and Hochberg 1995). A distribution has no single samples:
-there the intervals must lie apart.
+there the intervals must lie apart. Times that were taken on a device that processes shared tell of
+the others as well, and are not judged.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from dit_accel.eval.figures import Figure, Measure, Summary, VariantSummary
 from dit_accel.eval.metrics import bootstrap
 from dit_accel.eval.samples import Key, Run
 from dit_accel.eval.store import Store, differences
-from dit_accel.eval.summary import by_prompt, figure_of, summarise
+from dit_accel.eval.summary import by_prompt, mean_of, summarise
 
 ERROR_RATE: Final = 0.05
 FEWEST: Final = 6
 """Of fewer prompts no exchange of signs is rare enough."""
-Verdict = Literal["better", "worse", "changed", "same", "too few"]
+Verdict = Literal["better", "worse", "changed", "same", "too few", "busy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class Change:
 
     Attributes:
         variant, measure: what.
-        before, after: figures of the two runs, over the samples that both have; of a distribution
-            over all of them.
+        before, after: means of the two runs over the prompts that both have; of a distribution the
+            figures of all samples.
         difference: mean of after less before over the shared prompts; of a distribution, of the
             values. ``None`` where it is not a number.
         low, high: 95% interval of the difference.
@@ -45,7 +46,7 @@ class Change:
             prompt differs.
         count: shared prompts.
         verdict: ``better`` and ``worse`` by the measure's sense, ``changed`` where it has none,
-            ``same`` if nothing is beyond noise.
+            ``same`` if nothing is beyond noise, ``busy`` for times of a device that was shared.
     """
 
     variant: str
@@ -101,6 +102,8 @@ def compare(before: Path | str, after: Path | str) -> Comparison:
         for name in names
         for change in _changes(first.variant(name), second.variant(name), first.measures, shared)
     ]
+    if max(first.sharing, second.sharing) > 1:
+        changes = [_unjudged(change, first.measures[change.measure]) for change in changes]
     adjusted = tuple(_adjusted(changes, first.measures))
     return Comparison(
         str(before),
@@ -109,7 +112,7 @@ def compare(before: Path | str, after: Path | str) -> Comparison:
         adjusted,
         tuple(v.slug for v in first.variants if v.slug not in names),
         tuple(v.slug for v in second.variants if v.slug not in names),
-        (*_power(adjusted), *_notes(old, new, stores)),
+        (*_power(adjusted), *_notes(old, new, stores, (first, second))),
     )
 
 
@@ -169,24 +172,19 @@ def _changes(
             if sample in shared and sample in new.each[name]
         }
         if pairs:
-            lone = len(old.each[name]) - len(pairs), len(new.each[name]) - len(pairs)
-            yield _of_pairs(old.slug, name, (before, after), lone, pairs, shared)
+            yield _of_pairs(old.slug, name, pairs, shared)
 
 
 def _of_pairs(
     slug: str,
     name: str,
-    figures: tuple[Figure, Figure],
-    lone: tuple[int, int],
     pairs: Mapping[str, tuple[float, float]],
     shared: Mapping[str, int],
 ) -> Change:
     each = list(enumerate(pairs.items()))
     before, after = (
-        # of shared samples alone, so that they differ by what is told
-        figure_of(name, {Key(slug, shared[at], i): pair[side] for i, (at, pair) in each})
-        if lone[side]
-        else figures[side]
+        # means of shared samples alone, so that they differ by what is told
+        mean_of({Key(slug, shared[at], i): pair[side] for i, (at, pair) in each})
         for side in range(2)
     )
     apart = {
@@ -206,6 +204,13 @@ def _of_pairs(
     low, high = bootstrap.interval(means) or (None, None)
     p = bootstrap.sign_flip_p(means)
     return Change(slug, name, before, after, mean, low, high, p, None, len(means), "same")
+
+
+def _unjudged(change: Change, measure: Measure) -> Change:
+    """Times of a device that was shared are shown, and not tested."""
+    if measure.unit not in ("s", "×") or change.verdict == "too few":
+        return change
+    return replace(change, p=None, verdict="busy")
 
 
 def _of_distribution(slug: str, measure: Measure, before: Figure, after: Figure) -> Change:
@@ -252,9 +257,16 @@ def _adjusted(changes: list[Change], measures: Mapping[str, Measure]) -> list[Ch
     return found
 
 
-def _notes(old: Run, new: Run, stores: Iterable[Store]) -> tuple[str, ...]:
+def _notes(
+    old: Run, new: Run, stores: Iterable[Store], summaries: Iterable[Summary]
+) -> tuple[str, ...]:
     told = []
-    if old.machine != new.machine:
+    sharing = max(summary.sharing for summary in summaries)
+    if sharing > 1:
+        told.append(
+            f"Up to {sharing} processes shared a device: times and speed-ups are not judged."
+        )
+    elif old.machine != new.machine:
         told.append("The machines differ: compare ratios to dense, not seconds.")
     else:
         told.append(
@@ -275,7 +287,7 @@ def table(comparison: Comparison, measures: Mapping[str, Measure], *, every: boo
             heading, justify="left" if heading in ("variant", "measure", "") else "right"
         )
     for change in comparison.changes:
-        if not every and change.verdict in ("same", "too few"):
+        if not every and change.verdict in ("same", "too few", "busy"):
             continue
         measure = measures[change.measure]
         difference: Any = "n/a"

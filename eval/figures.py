@@ -92,12 +92,15 @@ class Summary:
         variants: dense first.
         complete: whether every sample of the run is there.
         notes: what a reader should know of how these figures were made.
+        sharing: most processes that shared a device while samples were made; above 1 times are of a
+            busy one.
     """
 
     measures: dict[str, Measure]
     variants: tuple[VariantSummary, ...]
     complete: bool
     notes: tuple[str, ...] = ()
+    sharing: int = 1
     schema: int = 1
 
     def variant(self, slug: str) -> VariantSummary:

@@ -73,11 +73,13 @@ def summarise(
         )
         for variant in settings.variants
     )
+    sharing = max((sample.sharing for sample in samples.values()), default=1)
     return Summary(
         MEASURES,
         variants,
         complete=len(keys) == len(settings.every_key()),
-        notes=_remarks(settings, choices, extractor, noted[DENSE].features, samples.values()),
+        notes=_remarks(settings, choices, extractor, noted[DENSE].features, sharing),
+        sharing=sharing,
     )
 
 
@@ -241,14 +243,21 @@ def by_prompt(values: Mapping[Key, float]) -> dict[int, float]:
 
 def figure_of(name: str, values: Mapping[Key, float]) -> Figure:
     """The figure that values of single samples make."""
+    if name not in _MEDIANS and name != "peak_memory":
+        return mean_of(values)
     means = list(by_prompt(values).values())
     if name == "peak_memory":
         return Figure(max(values.values()), None, None, len(means))
-    statistic = bootstrap.median if name in _MEDIANS else bootstrap.mean
-    low, high = bootstrap.interval(means, statistic) or (None, None)
-    given = torch.tensor(means, dtype=torch.float64)
-    value = given.quantile(0.5) if name in _MEDIANS else given.mean()
+    low, high = bootstrap.interval(means, bootstrap.median) or (None, None)
+    value = torch.tensor(means, dtype=torch.float64).quantile(0.5)
     return Figure(float(value), low, high, len(means))
+
+
+def mean_of(values: Mapping[Key, float]) -> Figure:
+    """The mean over prompts."""
+    means = list(by_prompt(values).values())
+    low, high = bootstrap.interval(means) or (None, None)
+    return Figure(sum(means) / len(means), low, high, len(means))
 
 
 def _remarks(
@@ -256,7 +265,7 @@ def _remarks(
     choices: Choices,
     extractor: Extractor | str,
     features: Mapping[Key, Features],
-    samples: Iterable[Sample],
+    sharing: int,
 ) -> tuple[str, ...]:
     told = [
         "Intervals are of 95%, over prompts (seeds of one prompt are averaged first): bootstrap "
@@ -275,7 +284,6 @@ def _remarks(
             told.append(f"FID is biased here: {count} samples for {rows[0].shape[1]} features.")
     if any(variant.role == "floor" for variant in settings.variants):
         told.append("Dense by another attention backend shows what rounding alone does.")
-    sharing = max((sample.sharing for sample in samples), default=1)
     if sharing > 1:
         told.append(
             f"Up to {sharing} processes shared a device: times and speed-ups are of a busy one, "

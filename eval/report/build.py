@@ -66,6 +66,7 @@ def render(store: Store, summary: Summary, *, clips: int = 24) -> str:
         summary=summary,
         head=opening.facts(run, summary, samples),
         gain=gain_of(summary),
+        sharing=summary.sharing,
         answers=opening.rows(summary, numbers),
         slider=data["answer"],
         plots=opening.plots_of(summary, numbers),

@@ -250,9 +250,16 @@ def test_help_of_everything(cli):
         assert "Usage" in out
 
 
-def test_the_console_script_is_this():
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-c", "from dit_accel.cli import main; main(['methods', 'pisa'])"],
+        ["-m", "dit_accel", "methods", "pisa"],
+    ],
+)
+def test_the_console_script_and_the_module_are_this(words):
     done = subprocess.run(
-        [sys.executable, "-c", "from dit_accel.cli import main; main(['methods', 'pisa'])"],
+        [sys.executable, *words],
         capture_output=True,
         text=True,
         check=True,

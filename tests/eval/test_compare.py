@@ -107,3 +107,30 @@ def test_runs_with_nothing_in_common(tmp_path, fake):
         comparing.compare(tmp_path / "a", tmp_path / "b")
     with pytest.raises(InputError, match=r"expected a folder with a run\.json"):
         comparing.compare(tmp_path / "a", tmp_path / "nothing")
+
+
+def test_times_of_a_shared_device_are_not_judged(tmp_path, fake, monkeypatch):
+    made(fake, tmp_path / "a")
+    alone = fake.fake_sample
+    monkeypatch.setattr(
+        fake,
+        "fake_sample",
+        lambda *given: (replace(alone(*given)[0], sharing=16), *alone(*given)[1:]),
+    )
+    monkeypatch.setattr(fake, "_LOOKS", dict(fake._LOOKS))
+    made(fake, tmp_path / "b", slower=1.5, looks=(0.03, 0.3, 0.6))
+    found = comparing.compare(tmp_path / "a", tmp_path / "b")
+    told = verdicts(found)
+    times = {name for name, measure in MEASURES.items() if measure.unit in ("s", "×")}
+    assert {v for (_, name), v in told.items() if name in times} == {"busy"}
+    assert told["pisa-0.15", "psnr"] == "better"
+    assert any("16 processes shared a device" in note for note in found.notes)
+
+
+def test_both_sides_are_means_as_the_difference_is(tmp_path, fake):
+    made(fake, tmp_path / "a")
+    made(fake, tmp_path / "b", slower=1.5)
+    found = comparing.compare(tmp_path / "a", tmp_path / "b")
+    for change in found.changes:
+        if change.low is not None:
+            assert change.after.value - change.before.value == pytest.approx(change.difference)
