@@ -31,7 +31,7 @@ def room_of(path):
     parts = path.relative_to(ROOT).parts
     if parts[0] != "dit_accel":
         return parts[0]
-    return "cli" if parts[1] == "cli" else "core"
+    return "cli" if parts[1] in ("cli", "__main__.py") else "core"
 
 
 def imported(path):
