@@ -2,6 +2,7 @@
 
 import copy
 
+import families
 import pytest
 import specimens
 import torch
@@ -19,7 +20,7 @@ SPARSE = {"density": 0.25, "block_size": 4}
 
 @pytest.fixture(scope="module")
 def _built():
-    return specimens.built(specimens.klein).transformer
+    return specimens.built(families.klein).transformer
 
 
 @pytest.fixture

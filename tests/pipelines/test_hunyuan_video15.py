@@ -2,6 +2,7 @@
 
 import copy
 
+import families
 import pytest
 import specimens
 import torch
@@ -13,7 +14,7 @@ from dit_accel.pipelines import session, session_of
 
 @pytest.fixture(scope="module")
 def _built():
-    return specimens.built(specimens.hunyuan15).transformer
+    return specimens.built(families.hunyuan15).transformer
 
 
 @pytest.fixture

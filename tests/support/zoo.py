@@ -15,7 +15,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from specimens import sharpened
+from families import sharpened
 
 from dit_accel import Method, Schedule
 from dit_accel.layout import LAYOUTS
