@@ -13,7 +13,7 @@ from dit_accel.kernels.specimen import Specimen, typed
 from dit_accel.kernels.word_bits import word_bit
 from dit_accel.kernels.words import Words, grouping
 
-_ROWS, _COLUMNS = 8, 256
+_ROWS, _COLUMNS = 32, 256
 _TOKENS = 256
 _PROGRAMS = 1024
 """Rows of a head that are counted by one program, which leaves no sum to be added up."""
@@ -47,16 +47,17 @@ def count_kernel(
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     codes = code + b * code_b + h * code_h
     total = tl.zeros([ROWS], tl.int64)
+    lane = tl.arange(0, ROWS)
     for first in range(part * run, tl.minimum(part * run + run, rows), ROWS):
-        row = first + tl.arange(0, ROWS)
+        row = first + lane
+        some = codes + first.to(tl.int64) * code_l  # offsets from here are small
         each = tl.zeros([ROWS], tl.int32)
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             known = column < columns
             length = tl.load(keys + b * key_b + h * key_h + column, mask=known, other=0)
-            where = row[:, None].to(tl.int64) * code_l + column[None, :]
             both = (row < rows)[:, None] & known[None, :]
-            kind = tl.load(codes + where, mask=both, other=0)
+            kind = tl.load(some + lane[:, None] * code_l + column[None, :], mask=both, other=0)
             each += tl.sum(tl.where(kind == 1, length.to(tl.int32)[None, :], 0), 1)
         if WEIGHED:
             size = tl.load(queries + b * query_b + h * query_h + row, mask=row < rows, other=0)
@@ -129,7 +130,7 @@ def pair_count(code: Tensor | Words, keys: Tensor, queries: Tensor | None) -> Te
     # a selection by token may be gigabytes, and its rows apart: no copy of it
     code = (code if code.stride(3) == 1 else code.contiguous()).view(torch.int8)
     keys, sizes = keys.contiguous(), sizes.contiguous()
-    run = max(_ROWS, min(_PROGRAMS, 2**19 // max(1, columns)) // _ROWS * _ROWS)
+    run = max(_ROWS, min(_PROGRAMS, 2**20 // max(1, columns)) // _ROWS * _ROWS)
     parts = max(1, -(-rows // run))
     found = torch.empty(batch, heads, parts, dtype=torch.int64, device=code.device)
     launch(
@@ -143,7 +144,7 @@ def pair_count(code: Tensor | Words, keys: Tensor, queries: Tensor | None) -> Te
         WEIGHED=queries is not None,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
-        num_warps=4,
+        num_warps=8,
     )
     return found.squeeze(-1) if parts == 1 else found.sum(-1)
 
@@ -153,7 +154,7 @@ def _specimen(kind: str, weighed: bool) -> Specimen:
     types = {"code": "*i8", "keys": f"*{kind}", "queries": f"*{kind}", "found": "*i64"}
     signature = typed(count_kernel, constants, **types)
     name = f"pairs of {kind}{' weighed' * weighed}"
-    return Specimen(name, count_kernel, signature, constants, {"num_warps": 4})
+    return Specimen(name, count_kernel, signature, constants, {"num_warps": 8})
 
 
 def _specimen_of_words() -> Specimen:
