@@ -48,9 +48,9 @@ def count_kernel(
     codes = code + b * code_b + h * code_h
     total = tl.zeros([ROWS], tl.int64)
     lane = tl.arange(0, ROWS)
+    some = codes + part.to(tl.int64) * run * code_l  # offsets from here are small
     for first in range(part * run, tl.minimum(part * run + run, rows), ROWS):
         row = first + lane
-        some = codes + first.to(tl.int64) * code_l  # offsets from here are small
         each = tl.zeros([ROWS], tl.int32)
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
@@ -59,6 +59,7 @@ def count_kernel(
             both = (row < rows)[:, None] & known[None, :]
             kind = tl.load(some + lane[:, None] * code_l + column[None, :], mask=both, other=0)
             each += tl.sum(tl.where(kind == 1, length.to(tl.int32)[None, :], 0), 1)
+        some += ROWS * code_l
         if WEIGHED:
             size = tl.load(queries + b * query_b + h * query_h + row, mask=row < rows, other=0)
             total += each.to(tl.int64) * size.to(tl.int64)
