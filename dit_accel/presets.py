@@ -173,6 +173,8 @@ def pisa(
         "code does.",
         "Without q_clusters and k_clusters the number of clusters grows with the sequence, from "
         "300 and 1000 at 75,600 tokens.",
+        "Calls after the first take one iteration of k-means, the public code two (next_iterations "
+        "of the layout).",
         "Text tokens of a joint sequence are always exact, and never part of a cluster.",
     ),
 )
