@@ -1,6 +1,7 @@
 """SVG-EAR against its equations: clusters, error probe, greedy budget, centroid compensation."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -212,13 +213,15 @@ def test_warm_starts_belong_to_a_layer_and_a_branch(monkeypatch):
     assert call(branch="cond") == (49, False)
     assert call(branch="uncond") == (49, False)
     assert call(branch="cond", layer=1) == (49, False)
-    assert call(branch="cond", step=1) == (1, True)
+    assert call(branch="cond", step=1) == (0, True)
     state.clear()
     assert call(branch="cond", step=2) == (49, False)
     assert len(calls) == 2, "queries and keys have partitions of their own"
     method = presets.svg_ear(q_clusters=3, k_clusters=5, share_branches=True)
     call(branch="cond", layer=2)
-    assert call(branch="uncond", layer=2) == (1, True)
+    assert call(branch="uncond", layer=2) == (0, True)
+    method = replace(method, layout=replace(method.layout, next_iterations=2))
+    assert call(branch="cond", layer=2) == (1, True)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -114,7 +114,7 @@ _COUNT = Path(__file__).parents[1] / "support" / "host_work.py"
         ("pisa", 10, 0),
         ("moment", 10, 0),
         ("flashblock", 4, 0),
-        ("svg_ear", 27, 9),
+        ("svg_ear", 19, 9),
         ("psa", 8, 0),
         ("psa, thresholds", 8, 0),
     ],
