@@ -174,7 +174,7 @@ def pisa(
         "Without q_clusters and k_clusters the number of clusters grows with the sequence, from "
         "300 and 1000 at 75,600 tokens.",
         "Text tokens of a joint sequence are always exact, and never part of a cluster.",
-        "A call after the first takes one iteration of k-means; the public code two: next_iterations=2.",
+        "After the first call k-means takes one iteration; next_iterations=2 is the public code's.",
     ),
 )
 def svg_ear(
