@@ -30,8 +30,9 @@ class KMeans:
     The first call of a layer and guidance branch starts from tokens; later ones from where the call
     before ended, since little moves from one denoising step to the next. An iteration gives every
     token to its nearest centroid, and then takes the means: the clusters are those of the last
-    iteration, and its means are where the next call starts, as in the public code. The first call
-    also puts clusters that are alike beside each other, and later ones leave them there.
+    iteration, and its means are where the next call starts, as in the public code, which takes two
+    iterations in a later call. The first call also puts clusters that are alike beside each other,
+    and later ones leave them there.
 
     Attributes:
         q_clusters, k_clusters: how many; by default as many as keep the clusters' mean size what it

@@ -173,9 +173,8 @@ def pisa(
         "code does.",
         "Without q_clusters and k_clusters the number of clusters grows with the sequence, from "
         "300 and 1000 at 75,600 tokens.",
-        "Calls after the first take one iteration of k-means, the public code two (next_iterations "
-        "of the layout).",
         "Text tokens of a joint sequence are always exact, and never part of a cluster.",
+        "After the first call k-means takes one iteration; next_iterations=2 is the public code's.",
     ),
 )
 def svg_ear(
@@ -184,6 +183,9 @@ def svg_ear(
     ] = 0.22,
     q_clusters: Clusters = None,
     k_clusters: Clusters = None,
+    next_iterations: Annotated[
+        int, Opt("iterations of layout=kmeans in a call after the first"), Field(ge=0)
+    ] = 1,
     layout: LayoutOption = "kmeans",
     block_size: BlockSize = 64,
     rest: RestOption = "centroid",
@@ -209,6 +211,7 @@ def svg_ear(
             "layout",
             layout,
             block_size=block_size,
+            next_iterations=next_iterations,
             share_branches=share_branches,
             seed=seed,
             **clusters,

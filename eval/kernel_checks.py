@@ -78,7 +78,8 @@ def check_kmeans(dtype: torch.dtype, depth: int, device: str) -> None:
         backends.append("flash_kmeans")
     except ValueError:
         pass  # not installed
-    p = Problem(dtype, depth, device)
+    # more than one part of a head for every multiprocessor
+    p = Problem(dtype, depth, device, length=6007)
     for backend in backends:
         for x, valid in ((p.q, None), (p.holes(p.q), p.valid)):
             options: dict[str, Any] = {"valid": valid, "seed": 3, "backend": backend}

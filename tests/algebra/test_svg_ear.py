@@ -1,6 +1,7 @@
 """SVG-EAR against its equations: clusters, error probe, greedy budget, centroid compensation."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -219,6 +220,8 @@ def test_warm_starts_belong_to_a_layer_and_a_branch(monkeypatch):
     method = presets.svg_ear(q_clusters=3, k_clusters=5, share_branches=True)
     call(branch="cond", layer=2)
     assert call(branch="uncond", layer=2) == (0, True)
+    method = replace(method, layout=replace(method.layout, next_iterations=2))
+    assert call(branch="cond", layer=2) == (1, True)
 
 
 @pytest.mark.parametrize("padded", [False, True])
