@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.specimen import Specimen, typed
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -27,19 +28,21 @@ _TOKENS = 32
 
 
 @triton.jit
-def _rows_of(first_ptr, pair, group, groups, rows, run, BY_ITEM: tl.constexpr):
+def _rows_of(first_ptr, pair, group, groups, held, rows, run, BY_ITEM: tl.constexpr):
     """Where the partials of a head's group begin."""
-    unit = pair * groups + group
+    unit = (held + pair) * groups + group
     if BY_ITEM:
         known = group < groups
-        begin = tl.load(first_ptr + unit, mask=known, other=0) - tl.load(first_ptr)
+        begin = tl.load(first_ptr + unit, mask=known, other=0) - tl.load(first_ptr + held * groups)
         start = begin.to(tl.int64) * ITEM_ROWS - run.to(tl.int64) * rows
     else:
         start = unit.to(tl.int64) * rows
     return unit, start
 
 
-@triton.jit(do_not_specialize=["length", "rows", "groups", "first_pair", "run", "first", "last"])
+@triton.jit(
+    do_not_specialize=["length", "rows", "groups", "first_pair", "held", "run", "first", "last"]
+)
 def merge_kernel(
     part_ptr,
     part_lse_ptr,
@@ -54,6 +57,7 @@ def merge_kernel(
     rows,
     groups,
     first_pair,
+    held,
     run,
     first,
     last,
@@ -66,7 +70,8 @@ def merge_kernel(
     pair = tl.program_id(1).to(tl.int64)
     if BY_ITEM:
         # more than one run only where it is one head
-        items = tl.load(first_ptr + tl.num_programs(1) * groups) - tl.load(first_ptr)
+        items = tl.load(first_ptr + (held + tl.num_programs(1)) * groups)
+        items -= tl.load(first_ptr + held * groups)
         ends = items.to(tl.int64) * ITEM_ROWS
         done = run.to(tl.int64) * rows
         if (done >= ends) & (run > 0):
@@ -83,7 +88,7 @@ def merge_kernel(
     before = peak
     for start in range(0, groups, BG):
         group = start + tl.arange(0, BG)
-        unit, begin = _rows_of(first_ptr, pair, group, groups, rows, run, BY_ITEM)
+        unit, begin = _rows_of(first_ptr, pair, group, groups, held, rows, run, BY_ITEM)
         here = inside[:, None] & (group < groups)[None, :]
         place = tl.load(place_ptr + unit[None, :] * length + token[:, None], mask=here, other=-1)
         where = begin[None, :] + place
@@ -101,7 +106,7 @@ def merge_kernel(
     for start in range(0, groups, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             group = tl.full([1], start + i, tl.int32)
-            unit, begin = _rows_of(first_ptr, pair, group, groups, rows, run, BY_ITEM)
+            unit, begin = _rows_of(first_ptr, pair, group, groups, held, rows, run, BY_ITEM)
             here = inside & (group < groups)
             place = tl.load(place_ptr + unit * length + token, mask=here, other=-1)
             where = begin + place
@@ -114,7 +119,7 @@ def merge_kernel(
             )
             acc += part.to(tl.float32) * tl.exp2(lse - base)[:, None]
     if last:
-        where = (first_pair + pair) * length + token
+        where = (first_pair + held + pair) * length + token
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(
             out_ptr + where[:, None] * D + depth[None, :],
@@ -172,7 +177,7 @@ def merge_parts(
         first, last: whether no groups came before, and none come after.
     """
     _launch(
-        part, part_lse, place, place, state, out, lse, part.shape[1], groups, first_pair, pairs,
+        part, part_lse, place, place, state, out, lse, part.shape[1], groups, first_pair, 0, pairs,
         0, int(first), int(last), by_item=False,
     )  # fmt: skip
 
@@ -187,6 +192,7 @@ def merge_items(
     lse: Tensor,
     groups: int,
     first_pair: int,
+    held: int,
     pairs: int,
     run: int,
 ) -> None:
@@ -202,13 +208,14 @@ def merge_items(
         state: of one head; ``None`` where there is one run.
         out, lse: ``[B, H, L, D]`` and ``[B, H, L]``.
         groups: of a head, ``U = P · groups``.
-        first_pair: ``b · H + h`` of the first head.
+        first_pair: ``b · H + h`` of the first head that there are lists of.
+        held: which of these is the first one here.
         pairs: how many.
         run: which of the runs.
     """
     _launch(
-        part, part_lse, place, first, state, out, lse, part.shape[0], groups, first_pair, pairs,
-        run, 0, 0, by_item=True,
+        part, part_lse, place, first, state, out, lse, part_lse.shape[0], groups, first_pair, held,
+        pairs, run, 0, 0, by_item=True,
     )  # fmt: skip
 
 
@@ -223,6 +230,7 @@ def _launch(
     rows: int,
     groups: int,
     first_pair: int,
+    held: int,
     pairs: int,
     run: int,
     starts: int,
@@ -231,21 +239,11 @@ def _launch(
     by_item: bool,
 ) -> None:
     length, depth = out.shape[2:]
-    merge_kernel[(triton.cdiv(length, _TOKENS), pairs)](
-        part,
-        part_lse,
-        place,
-        first,
-        *((lse, lse, lse) if state is None else state),
-        out,
-        lse,
-        length,
-        rows,
-        groups,
-        first_pair,
-        run,
-        starts,
-        ends,
+    launch(
+        merge_kernel,
+        (triton.cdiv(length, _TOKENS), pairs),
+        (part, part_lse, place, first, *((lse, lse, lse) if state is None else state), out, lse),
+        (length, rows, groups, first_pair, held, run, starts, ends),
         D=depth,
         BT=_TOKENS,
         BG=_GROUPS,

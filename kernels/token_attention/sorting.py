@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.scan import larger
 from dit_accel.kernels.specimen import Specimen, typed
 from dit_accel.kernels.word_bits import word_bit
 from dit_accel.kernels.words import BITS, Words, grouping
 
-_SORTED = 512
+_SORTED, _SORTED_BY_FEW = 512, 2048
 """Tokens that are sorted together."""
 _PROGRAMS = 1500
 """Programs that sort at once, so that each does not wait for itself alone."""
@@ -242,27 +243,28 @@ def sort(
     bins = room(needed) if given is None or given.numel() < needed else given[:needed]
     bins.zero_()
     where = (heads, length, groups, first_pair, *lead_strides(words.word))
-    run = triton.cdiv(triton.cdiv(length, segments), _SORTED) * _SORTED
-    _count[(units, triton.cdiv(length, _COUNTED))](
-        words.word, bins, *where, run, segments, BT=_COUNTED, num_warps=4
+    # few programs take many tokens at once, since they do not fill the processors
+    some, warps = (_SORTED, 2) if segments * units >= _PROGRAMS else (_SORTED_BY_FEW, 8)
+    run = triton.cdiv(triton.cdiv(length, segments), some) * some
+    launch(
+        _count,
+        (units, triton.cdiv(length, _COUNTED)),
+        (words.word, bins),
+        (*where, run, segments),
+        BT=_COUNTED,
+        num_warps=4,
     )
     token, word = room(units, padded), room(units, padded, dtype=torch.int16)
     place, count = room(units, length), room(units)
-    _starts[(units,)](bins, count, segments, BT=_SCANNED, num_warps=8)
-    _sort[(segments, units)](
-        words.word,
-        bins,
-        token,
-        word,
-        place,
-        heads,
-        length,
-        padded,
-        *where[2:],
-        run,
-        BT=_SORTED,
-        SHIFT=_SORTED.bit_length() - 1,
-        num_warps=2,
+    launch(_starts, (units,), (bins, count), (segments,), BT=_SCANNED, num_warps=8)
+    launch(
+        _sort,
+        (segments, units),
+        (words.word, bins, token, word, place),
+        (heads, length, padded, *where[2:], run),
+        BT=some,
+        SHIFT=some.bit_length() - 1,
+        num_warps=warps,
     )
     return Sorted(token, word, place, count)
 
@@ -278,7 +280,10 @@ def specimens() -> list[Specimen]:
         (_words, {"BT": 128, "BG": 2}, 4),
         (_count, {"BT": _COUNTED}, 4),
         (_starts, {"BT": _SCANNED}, 8),
-        (_sort, {"BT": _SORTED, "SHIFT": _SORTED.bit_length() - 1}, 2),
+        *(
+            (_sort, {"BT": some, "SHIFT": some.bit_length() - 1}, warps)
+            for some, warps in ((_SORTED, 2), (_SORTED_BY_FEW, 8))
+        ),
     ]
     return [
         Specimen(

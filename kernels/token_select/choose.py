@@ -68,16 +68,23 @@ def select_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def settle_kernel(
-    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, before_ptr,
-    room_ptr, word_ptr, q_b, q_h, q_l, full_b, full_h, own_b, own_h,
+    q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, tie_ptr, room_ptr, word_ptr, q_b, q_h, q_l, full_b, full_h, own_b, own_h,
     heads, length, blocks, columns, start, stop, groups, size,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Of the gates that equal the cut, as many as there is room for, the first ones."""
     pair = tl.program_id(1).to(tl.int64)
     where = pair * tl.num_programs(0) + tl.program_id(0)
-    before, room = tl.load(before_ptr + where), tl.load(room_ptr + pair)
-    if (tl.load(tie_ptr + where) == 0) | (before >= room):
+    if tl.load(tie_ptr + where) == 0:
+        return
+    # of the tiles before this one
+    earlier = tl.zeros([128], tl.int64)
+    for first in range(0, tl.program_id(0), 128):
+        tile = first + tl.arange(0, 128)
+        at = pair * tl.num_programs(0) + tile
+        earlier += tl.load(tie_ptr + at, mask=tile < tl.program_id(0), other=0).to(tl.int64)
+    before, room = tl.sum(earlier, 0), tl.load(room_ptr + pair)
+    if before >= room:
         return
     b, h = pair // heads, pair % heads
     token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
