@@ -549,6 +549,7 @@ def token_attention(
                     part, part_lse, made.place, made.first, state, out, lse,
                     groups, first_pair, pair, these, run,
                 )  # fmt: skip
+        del made, dealt  # before those of the next heads are there
     return out, lse
 
 
