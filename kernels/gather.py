@@ -51,9 +51,8 @@ def _gather(
     if BOTH:
         y = tl.load(y_ptr + b * y_b + h * y_h + token * y_l + depth[None, :], mask=known, other=0.0)
         tl.store(y_out + where, y, mask=inside[:, None])
-    if ZERO:
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(zero, 0)
+    if ZERO and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(zero, 0)
     tl.store(x_out + where, x, mask=inside[:, None])
 
 

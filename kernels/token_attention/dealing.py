@@ -159,9 +159,9 @@ def deal(
 
 def specimens() -> list[Specimen]:
     """The kernels as they are launched."""
-    types = dict.fromkeys(
-        ("item_ptr", "first_ptr", "key_ptr", "next_ptr", "start_ptr"), "*i32"
-    ) | {"order_ptr": "*i64"}
+    types = dict.fromkeys(("item_ptr", "first_ptr", "key_ptr", "next_ptr", "start_ptr"), "*i32") | {
+        "order_ptr": "*i64"
+    }
     return [
         Specimen(
             kernel.__name__,
@@ -170,5 +170,8 @@ def specimens() -> list[Specimen]:
             constants,
             {"num_warps": 4},
         )
-        for kernel, constants in ((_keys, {"WIDE": False, "LAST": 2**31 - 1, "BT": _KEYED}), (_deal, {"BP": MOST_PROGRAMS}))
+        for kernel, constants in (
+            (_keys, {"WIDE": False, "LAST": 2**31 - 1, "BT": _KEYED}),
+            (_deal, {"BP": MOST_PROGRAMS}),
+        )
     ]

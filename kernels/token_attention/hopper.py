@@ -284,7 +284,7 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
         token = gl.load(p.tokens + start + place, mask=place < count, other=0)
 
         total = gl.where(mass == 0.0, 1.0, mass)
-        acc = acc / gl.expand_dims(gl.convert_layout(total, acc_row), 1)
+        acc = acc * gl.expand_dims(gl.convert_layout(1.0 / total, acc_row), 1)
         left = gl.load(item + 2) - group * rows
         q_buf.store(acc.to(dtype))
         fence_async_shared()
@@ -507,9 +507,7 @@ def token_attention(
         )
         for together, pair in enumerate(range(0, some, fits.heads)):
             these = min(fits.heads, some - pair)
-            gather_both(
-                k, v, order.perm, keys, values, first_pair=first_pair + pair, pairs=these
-            )
+            gather_both(k, v, order.perm, keys, values, first_pair=first_pair + pair, pairs=these)
             for run in range(fits.runs):
                 launch(
                     attend_kernel,
@@ -566,9 +564,7 @@ def _specimen(dtype: str, depth: int, turn: int, box: int) -> Specimen:
     bits = {size: f"tensordesc<{dtype}[{size}, {depth}],{shared_layout()!r}>" for size in (box, 64)}
     signature = {
         "q": f"*{dtype}",
-        **dict.fromkeys(
-            ("tokens", "first", "items", "listed", "following", "start"), "*i32"
-        ),
+        **dict.fromkeys(("tokens", "first", "items", "listed", "following", "start"), "*i32"),
         "words": "*i16",
         "part_lse": "*fp32",
         **dict.fromkeys(("keys", "values"), bits[box]),

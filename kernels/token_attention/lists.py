@@ -216,9 +216,7 @@ def lists(
         return torch.empty(*shape, dtype=torch.int32, device=words.word.device)
 
     first = room(units + 1)
-    launch(
-        _firsts, (1,), (sorted_.counts, first), (units,), ROWS=ROWS, BT=_SUMMED, num_warps=4
-    )
+    launch(_firsts, (1,), (sorted_.counts, first), (units,), ROWS=ROWS, BT=_SUMMED, num_warps=4)
     item = room(units * rows, ITEM)
     total = found.tiles.span.shape[-1]
     listed = room(pairs * rows * (total + groups * AHEAD))

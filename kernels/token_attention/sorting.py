@@ -91,23 +91,35 @@ def _count(
 
 
 @triton.jit(do_not_specialize=["segments"])
-def _starts(bin_ptr, count_ptr, segments, BT: tl.constexpr):
+def _sums(bin_ptr, sum_ptr, segments, BT: tl.constexpr):
+    """How many tokens have one of some words, in all segments."""
+    unit = tl.program_id(1).to(tl.int64)
+    bin_ptr += unit * segments * _BINS + tl.program_id(0) * BT + tl.arange(0, BT)
+    number = tl.zeros([BT], tl.int32)
+    for segment in range(segments):
+        number += tl.load(bin_ptr + segment * _BINS)
+    tl.store(sum_ptr + unit * tl.num_programs(0) + tl.program_id(0), tl.sum(number, 0))
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _starts(bin_ptr, sum_ptr, count_ptr, segments, PARTS: tl.constexpr, BT: tl.constexpr):
     """Where the tokens of each word and segment begin, from how many there are."""
-    unit = tl.program_id(0).to(tl.int64)
-    bin_ptr += unit * segments * _BINS + tl.arange(0, BT)
-    count = 0
-    for first in range(0, _BINS, BT):
-        number = tl.load(bin_ptr + first)
-        for segment in range(1, segments):
-            number += tl.load(bin_ptr + segment * _BINS + first)
-        start = count + tl.cumsum(number, 0) - number
-        for segment in range(segments):
-            at = bin_ptr + segment * _BINS + first
-            here = tl.load(at)
-            tl.store(at, start)
-            start += here
-        count += tl.sum(number, 0)
-    tl.store(count_ptr + unit, count)
+    unit = tl.program_id(1).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    sums = tl.load(sum_ptr + unit * PARTS + part)
+    before = tl.sum(tl.where(part < tl.program_id(0), sums, 0), 0)
+    if tl.program_id(0) == 0:
+        tl.store(count_ptr + unit, tl.sum(sums, 0))
+    bin_ptr += unit * segments * _BINS + tl.program_id(0) * BT + tl.arange(0, BT)
+    number = tl.zeros([BT], tl.int32)
+    for segment in range(segments):
+        number += tl.load(bin_ptr + segment * _BINS)
+    start = before + tl.cumsum(number, 0) - number
+    for segment in range(segments):
+        at = bin_ptr + segment * _BINS
+        here = tl.load(at)
+        tl.store(at, start)
+        start += here
 
 
 @triton.jit(
@@ -256,7 +268,18 @@ def sort(
     )
     token, word = room(units, padded), room(units, padded, dtype=torch.int16)
     place, count = room(units, length), room(units)
-    launch(_starts, (units,), (bins, count), (segments,), BT=_SCANNED, num_warps=8)
+    parts = (1 << BITS) // _SCANNED
+    sums = room(units, parts)
+    launch(_sums, (parts, units), (bins, sums), (segments,), BT=_SCANNED, num_warps=8)
+    launch(
+        _starts,
+        (parts, units),
+        (bins, sums, count),
+        (segments,),
+        PARTS=parts,
+        BT=_SCANNED,
+        num_warps=8,
+    )
     launch(
         _sort,
         (segments, units),
@@ -273,13 +296,14 @@ def specimens() -> list[Specimen]:
     """The kernels as they are launched."""
     types = {
         **dict.fromkeys(("word_ptr", "sorted_ptr"), "*i16"),
-        **{f"{name}_ptr": "*i32" for name in ("bin", "token", "place", "count")},
+        **{f"{name}_ptr": "*i32" for name in ("bin", "sum", "token", "place", "count")},
         "select_ptr": "*i1",
     }
     launches: list[tuple[Any, dict[str, Any], int]] = [
         (_words, {"BT": 128, "BG": 2}, 4),
         (_count, {"BT": _COUNTED}, 4),
-        (_starts, {"BT": _SCANNED}, 8),
+        (_sums, {"BT": _SCANNED}, 8),
+        (_starts, {"PARTS": (1 << BITS) // _SCANNED, "BT": _SCANNED}, 8),
         *(
             (_sort, {"BT": some, "SHIFT": some.bit_length() - 1}, warps)
             for some, warps in ((_SORTED, 2), (_SORTED_BY_FEW, 8))

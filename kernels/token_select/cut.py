@@ -145,7 +145,7 @@ def cut_kernel(
         count = tl.sum(tl.where(lane == 3, found, 0), 0)
         have = tl.sum(tl.where((lane == 1) | (lane == 2), found, 0), 0)
         have_count = tl.sum(tl.where((lane == 4) | (lane == 5), found, 0), 0)
-        if (least == 0) | (most == TOP):
+        if (least <= 0) | (most >= TOP):
             return
         have = have_count if COUNT else have - least * have_count
         wanted = _wanted(count if COUNT else every - least * count, share_ptr, COUNT)
@@ -180,7 +180,7 @@ def cut_kernel(
 
 
 class State(NamedTuple):
-    """What is known of the cut, by head ``[P]`` or longer; ``share`` and ``zero`` stay as they are."""
+    """What is known of the cut, by head ``[P]`` or longer; ``share`` and ``zero`` stay."""
 
     base: Tensor  # int64, where the values begin that are looked at
     have: Tensor  # int64, of what is above them and of own blocks

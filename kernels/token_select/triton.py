@@ -31,7 +31,7 @@ from dit_accel.kernels.token_select.cut import (
     split_kernel,
     summed_kernel,
 )
-from dit_accel.kernels.token_select.gates import BITS, TOP, gates, tokens
+from dit_accel.kernels.token_select.gates import BITS, TOP, gates, own_range, tokens, values
 from dit_accel.kernels.words import Words, grouping
 
 _BINS = 16
@@ -182,25 +182,40 @@ def _around(
     above, above_count = tl.zeros([BM], tl.int64), tl.zeros([BM], tl.int32)
     least = tl.full([BM], TOP + 1, tl.int32)
     most = tl.full([BM], -1, tl.int32)
+    lowest, highest = own_range(there, own, full_ptr, columns)
     for first in range(0, columns, BN):
         column = first + tl.arange(0, BN)
-        _gate, number, full = gates(
+        _gate, value, full = values(
             query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
         )
-        mine = column[None, :] == own[:, None]
-        some = full[None, :] & there[:, None]
-        least = tl.minimum(least, tl.min(tl.where(some, number, TOP + 1), 1))
-        most = tl.maximum(most, tl.max(tl.where(some, number, -1), 1))
+        # what lies beyond the ends is found by the least and the most
+        number = value.to(tl.int32)
         beyond = number - base
-        every += tl.sum(tl.where(some, number, 0), 1).to(tl.int64)
-        columns_full += tl.sum((full & (column < columns)).to(tl.int32), 0)
-        have = tl.maximum(have, tl.max(tl.where(some & mine, number, -1), 1))
-        some = some & (mine == 0)
-        far = some & (beyond >= 1 << BITS)
-        above += tl.sum(tl.where(far, number, 0), 1).to(tl.int64)
-        above_count += tl.sum(far.to(tl.int32), 1)
-        inside = some & (beyond >= 0) & (beyond < 1 << BITS)
-        tl.atomic_add(count_ptr + beyond, 1, mask=inside, sem="relaxed")
+        if (first + BN <= columns) & ((highest < first) | (lowest >= first + BN)):
+            least = tl.minimum(least, tl.min(number, 1))
+            most = tl.maximum(most, tl.max(number, 1))
+            every += tl.sum(number, 1).to(tl.int64)
+            columns_full += BN
+            over = tl.maximum(beyond - ((1 << BITS) - 1), 0)
+            many = tl.sum((over > 0).to(tl.int32), 1)
+            above_count += many
+            above += tl.sum(over, 1).to(tl.int64) + many.to(tl.int64) * (base + (1 << BITS) - 1)
+            counted = (beyond >= 0) & (beyond < 1 << BITS)
+            tl.atomic_add(count_ptr + beyond, 1, mask=counted, sem="relaxed")
+        else:
+            mine = column[None, :] == own[:, None]
+            some = full[None, :] & there[:, None]
+            least = tl.minimum(least, tl.min(tl.where(some, number, TOP + 1), 1))
+            most = tl.maximum(most, tl.max(tl.where(some, number, -1), 1))
+            every += tl.sum(tl.where(some, number, 0), 1).to(tl.int64)
+            columns_full += tl.sum((full & (column < columns)).to(tl.int32), 0)
+            have = tl.maximum(have, tl.max(tl.where(some & mine, number, -1), 1))
+            some = some & (mine == 0)
+            far = some & (beyond >= 1 << BITS)
+            above += tl.sum(tl.where(far, number, 0), 1).to(tl.int64)
+            above_count += tl.sum(far.to(tl.int32), 1)
+            inside = some & (beyond >= 0) & (beyond < 1 << BITS)
+            tl.atomic_add(count_ptr + beyond, 1, mask=inside, sem="relaxed")
     at = sum_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * 8
     tl.store(at, tl.sum(every, 0))
     tl.store(at + 1, tl.sum(tl.maximum(have, 0).to(tl.int64), 0))
@@ -419,9 +434,7 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
         **dict.fromkeys(("q_ptr", "mean_ptr", "fine_ptr"), data),
         **dict.fromkeys(("low_ptr", "high_ptr", "scale_ptr", "x_ptr"), "*fp32"),
         "margin": "fp32",
-        **dict.fromkeys(
-            ("own_ptr", "base_ptr", "sum_ptr", "least_ptr", "room_ptr"), "*i64"
-        ),
+        **dict.fromkeys(("own_ptr", "base_ptr", "sum_ptr", "least_ptr", "room_ptr"), "*i64"),
         **dict.fromkeys(("have_ptr", "cut_ptr", "needed_ptr", "summed_ptr"), "*i64"),
         **dict.fromkeys(("wanted_ptr", "share_ptr"), "*fp64"),
         **dict.fromkeys(("count_ptr", "tie_ptr", "done_ptr"), "*i32"),
