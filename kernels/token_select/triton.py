@@ -124,6 +124,14 @@ def _digits(
     tl.store(sum_ptr + where * 2 * BINS + lane, tl.sum(sums, 0))
 
 
+@triton.jit
+def _tally(count_ptr, value, BM: tl.constexpr, BN: tl.constexpr):
+    """Count values that are not negative."""
+    # in no order, so that nothing has to change hands between threads
+    value = tl.reshape(value, [BM * BN], can_reorder=True)
+    tl.atomic_add(count_ptr + value, 1, mask=value >= 0, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
 def _tails(
     q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, done_ptr, count_ptr,
@@ -151,7 +159,7 @@ def _tails(
         )
         some = there[:, None] & full[None, :] & (column[None, :] != own[:, None])
         some = some & (number >= base) & (number - base < 1 << TAIL)
-        tl.atomic_add(count_ptr + (number - base), 1, mask=some, sem="relaxed")
+        _tally(count_ptr, tl.where(some, number - base, -1), BM, BN)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
@@ -197,11 +205,11 @@ def _around(
             every += tl.sum(number, 1).to(tl.int64)
             columns_full += BN
             over = tl.maximum(beyond - ((1 << BITS) - 1), 0)
-            many = tl.sum((over > 0).to(tl.int32), 1)
+            many = tl.sum(tl.minimum(over, 1), 1)
             above_count += many
             above += tl.sum(over, 1).to(tl.int64) + many.to(tl.int64) * (base + (1 << BITS) - 1)
             counted = (beyond >= 0) & (beyond < 1 << BITS)
-            tl.atomic_add(count_ptr + beyond, 1, mask=counted, sem="relaxed")
+            _tally(count_ptr, tl.where(counted, beyond, -1), BM, BN)
         else:
             mine = column[None, :] == own[:, None]
             some = full[None, :] & there[:, None]
@@ -214,8 +222,8 @@ def _around(
             far = some & (beyond >= 1 << BITS)
             above += tl.sum(tl.where(far, number, 0), 1).to(tl.int64)
             above_count += tl.sum(far.to(tl.int32), 1)
-            inside = some & (beyond >= 0) & (beyond < 1 << BITS)
-            tl.atomic_add(count_ptr + beyond, 1, mask=inside, sem="relaxed")
+            counted = some & (beyond >= 0) & (beyond < 1 << BITS)
+            _tally(count_ptr, tl.where(counted, beyond, -1), BM, BN)
     at = sum_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * 8
     tl.store(at, tl.sum(every, 0))
     tl.store(at + 1, tl.sum(tl.maximum(have, 0).to(tl.int64), 0))
