@@ -41,6 +41,8 @@ _AROUND = 18
 """Bits of the values that are counted around the guess."""
 _CHUNK = 4096
 """Values whose counts are summed by one program."""
+_IN_NO_ORDER = tl.constexpr(triton.__version__.startswith(("3.6.", "3.7.", "3.8.")))
+"""Whether Triton can be told that the order of numbers is all the same; later releases warn."""
 _SPLIT = 1024
 """Numbers that one program splits."""
 _SAMPLES = ((17, 1 << 14), (5, 1 << 12), (1, 0))
@@ -128,7 +130,7 @@ def _digits(
 def _tally(count_ptr, value, BM: tl.constexpr, BN: tl.constexpr):
     """Count values that are not negative."""
     # in no order, so that nothing has to change hands between threads
-    value = tl.reshape(value, [BM * BN], can_reorder=True)
+    value = tl.reshape(value, [BM * BN], can_reorder=_IN_NO_ORDER)
     tl.atomic_add(count_ptr + value, 1, mask=value >= 0, sem="relaxed")
 
 
