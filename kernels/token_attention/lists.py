@@ -193,7 +193,7 @@ def lists(
     first_pair: int,
     pairs: int,
     box: int,
-    room_for_counts: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Lists:
     """What some heads compute.
 
@@ -204,13 +204,13 @@ def lists(
         first_pair: ``b · H + h`` of the first head.
         pairs: how many.
         box: keys of a box, at most 64.
-        room_for_counts: memory that may be written to, of any dtype, contiguous.
+        scratch: uint8, memory that may be written to.
     """
     _, _, length, blocks = words.shape
     groups, size = grouping(blocks)
     rows = triton.cdiv(length, ROWS)
     units, padded = pairs * groups, rows * ROWS
-    sorted_ = sort(words, heads, first_pair, pairs, padded, room_for_counts)
+    sorted_ = sort(words, heads, first_pair, pairs, padded, scratch)
 
     def room(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=words.word.device)

@@ -38,15 +38,16 @@ def problem():
     return select, compact(perm, offsets, valid)
 
 
-@pytest.mark.parametrize(("programs", "scratch"), [(1, None), (12, torch.ones(2**19))])
-def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch, programs, scratch):
-    monkeypatch.setattr(sorting, "_SORTED", 16)
-    monkeypatch.setattr(sorting, "_SORTED_BY_FEW", 16)
+@pytest.mark.parametrize(
+    ("rows", "scratch"), [(2, None), (32, torch.ones(2**19, dtype=torch.uint8))]
+)
+def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch, rows, scratch):
+    monkeypatch.setattr(sorting, "_ROWS", rows)
+    monkeypatch.setattr(sorting, "_TILES", 8)
     select, order = problem()
     groups, size = grouping(BLOCKS)
     assert (groups, size) == (2, 11)
     found = lists.boxes_of(order, LENGTH, size, BOX)
-    monkeypatch.setattr(sorting, "_PROGRAMS", programs)
     words = sorting.pack(select)
     assert torch.equal(words.word, Words.of(select).word)
     made = lists.lists(words, found, HEADS, 1, 2, BOX, scratch)
