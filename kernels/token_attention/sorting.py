@@ -120,16 +120,19 @@ def _count(
     """How many tokens of a tile have each digit."""
     tile, unit = tl.program_id(0), tl.program_id(1)
     end = length if FIRST else tl.load(total_ptr + unit)
+    lane = tl.arange(0, 16)
+    where = (unit.to(tl.int64) * tl.num_programs(0) + tile) * 16 + lane
+    if tile * ROWS * EACH >= end:
+        tl.store(bin_ptr + where, tl.zeros([16], tl.int32))
+        return
     word_ptr = _words_of(word_ptr, unit, heads, length, groups, first_pair, word_b, word_h)
     key_ptr += unit.to(tl.int64) * padded
     place = (tile * ROWS + tl.arange(0, ROWS)) * EACH
     counts = _counts_of(word_ptr, key_ptr, place, end, shift, EACH, FIRST)
-    lane = tl.arange(0, 16)
     found = tl.zeros([16], tl.int64)
     for part in tl.static_range(4):
         found = tl.where((lane >> 2) == part, tl.sum(_spread(counts, part), 0), found)
     number = (found >> ((lane & 3) << 4).to(tl.int64)) & 0xFFFF
-    where = (unit.to(tl.int64) * tl.num_programs(0) + tile) * 16 + lane
     tl.store(bin_ptr + where, number.to(tl.int32))
 
 
@@ -142,6 +145,9 @@ def _move(
 ):  # fmt: skip
     """The tokens of a tile to where those of their digit go, in the order that they had."""
     tile, unit = tl.program_id(0), tl.program_id(1)
+    end = length if FIRST else tl.load(total_ptr + unit)
+    if tile * ROWS * EACH >= end:
+        return
     # where those of each digit begin, behind those of smaller ones and of tiles before this one
     lane = tl.arange(0, 16)
     total, before = tl.zeros([16], tl.int32), tl.zeros([16], tl.int32)
@@ -155,12 +161,8 @@ def _move(
         before += tl.sum(tl.where((other < tile)[:, None], number, 0), 0)
     start_ptr += (row + tile) * 16
     tl.store(start_ptr + lane, tl.cumsum(total, 0) - total + before)
-    if FIRST:
-        end = length
-        if tile == 0:
-            tl.store(total_ptr + unit, tl.sum(total, 0))
-    else:
-        end = tl.load(total_ptr + unit)
+    if FIRST and tile == 0:
+        tl.store(total_ptr + unit, tl.sum(total, 0))
     word_ptr = _words_of(word_ptr, unit, heads, length, groups, first_pair, word_b, word_h)
     key_ptr += unit.to(tl.int64) * padded
     token_ptr += unit.to(tl.int64) * padded
