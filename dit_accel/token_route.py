@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
-from dit_accel.kernels.packed import remembered
+from dit_accel.kernels.packed import compact, remembered
 from dit_accel.kernels.token_select import token_select
 from dit_accel.kernels.words import Words
 from dit_accel.layout import Blocked, Statistic
@@ -70,7 +70,10 @@ class Gate:
             batch, heads, length, _ = blocked.q.shape
             shape = (batch, heads, length, blocks.num_blocks)
             return TokenPlan(Words.full(shape, blocked.q.device))
-        summary = blocked.summary()
+        valid = blocked.geometry.key_valid
+
+        def full() -> Tensor:
+            return compact(blocks.perm, blocks.offsets, valid).offsets.diff(dim=-1) > 0
 
         def own() -> Tensor:
             return block_of(blocks.perm, blocks.offsets)
@@ -78,9 +81,11 @@ class Gate:
         return TokenPlan(
             token_select(
                 blocked.q,
-                summary.k_mean,
+                blocked.key_mean(),
                 remembered(blocks.perm, blocks.offsets, "block_of", own),
-                summary.count > 0,
+                full()
+                if valid is not None
+                else remembered(blocks.perm, blocks.offsets, "full", full),
                 num_video=columns,
                 text_span=blocked.geometry.text_span,
                 threshold=threshold,

@@ -24,6 +24,8 @@ ITEM_NUMBERS = tl.constexpr(8)
 _COST_BITS = 15
 _BEGIN = 200
 """Keys that take as long as an item's beginning and end."""
+_MANY = 16
+"""Items of a program, at least 4, that are dealt out one by one."""
 _KEYED = 1024
 _COST = tl.constexpr(_COST_BITS)
 _MOST_COST = tl.constexpr((1 << _COST_BITS) - 1)
@@ -59,7 +61,7 @@ def _keys(
 @triton.jit(do_not_specialize=["groups", "held", "pairs", "capacity", "programs"])
 def _deal(
     key_ptr, order_ptr, first_ptr, next_ptr, start_ptr, groups, held, pairs, capacity, programs,
-    BP: tl.constexpr,
+    MANY: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """A run's items, dealt out: the first of every program, and which one follows an item."""
     run, together = tl.program_id(0), tl.program_id(1)
@@ -71,6 +73,21 @@ def _deal(
     # what a program has to do, which one it is, and its last item; the least busy one first
     busy = tl.where(lane < programs, 0, _IDLE).to(tl.int64)
     state = (busy << _BUSY_AT) | (lane.to(tl.int64) << _PROGRAM_AT) | _NONE
+    # where there are many, four for each to begin with, to and fro: that is nearly as even
+    while end - begin > MANY * programs:
+        more = state
+        for i in tl.static_range(4):
+            here = begin + i * programs + (lane if i % 2 == 0 else programs - 1 - lane)
+            takes = lane < programs
+            cost = _MOST_COST - (tl.load(key_ptr + here, mask=takes, other=0) & _MOST_COST)
+            item = tl.load(order_ptr + here, mask=takes, other=0)
+            program, last = (more >> _PROGRAM_AT) & _PROGRAM, more & _NONE
+            tl.store(next_ptr + last, item.to(tl.int32), mask=takes & (last != _NONE))
+            tl.store(start_ptr + program, item.to(tl.int32), mask=takes & (last == _NONE))
+            busy = (more >> _BUSY_AT) + cost
+            more = tl.where(takes, (busy << _BUSY_AT) | (program << _PROGRAM_AT) | item, more)
+        state = tl.sort(more)
+        begin += 4 * programs
     while begin < end:
         here = begin + lane
         there = here < end
@@ -151,6 +168,7 @@ def deal(
         (runs, together),
         (key, order, first, following, start),
         (groups, held, pairs, capacity, programs),
+        MANY=_MANY,
         BP=MOST_PROGRAMS,
         num_warps=4,
     )
@@ -172,6 +190,6 @@ def specimens() -> list[Specimen]:
         )
         for kernel, constants in (
             (_keys, {"WIDE": False, "LAST": 2**31 - 1, "BT": _KEYED}),
-            (_deal, {"BP": MOST_PROGRAMS}),
+            (_deal, {"MANY": _MANY, "BP": MOST_PROGRAMS}),
         )
     ]
