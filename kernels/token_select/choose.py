@@ -98,7 +98,8 @@ def settle_kernel(
     """Of the gates that equal the cut, as many as there is room for, the first ones."""
     pair = tl.program_id(1).to(tl.int64)
     where = pair * tl.num_programs(0) + tl.program_id(0)
-    if tl.load(tie_ptr + where) == 0:
+    count = tl.load(tie_ptr + where)
+    if count == 0:
         return
     # of the tiles before this one
     earlier = tl.zeros([128], tl.int64)
@@ -118,9 +119,11 @@ def settle_kernel(
     low, scale = tl.load(scale_ptr + 2 * pair), tl.load(scale_ptr + 2 * pair + 1)
     cut = tl.load(base_ptr + pair).to(tl.int32)
     rank = tl.zeros([BM], tl.int64)
+    # where there is room for all of them, none has to be counted
+    counted = tl.where(before + count > room, groups, 0)
     for part in tl.static_range(2):
         ties = tl.zeros([BM], tl.int32)
-        for first in range(0, groups, BN // 16):
+        for first in range(0, counted if part == 0 else groups, BN // 16):
             column, inside, worth = _columns(first, size, blocks, BN)
             _gate, number, full = gates(
                 query, mean_ptr, fine_ptr, full_ptr, column, inside, low, scale, D, SPLIT
