@@ -251,6 +251,8 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
             else:
                 weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
             a = gl.convert_layout(weights.to(dtype), operand)
+            # where they are is known by now, and there is time until they are wanted
+            token = gl.load(p.tokens + start + place, mask=place < count, other=0)
             for i in range(1, turns):
                 found = _entries_of(entries, i, boxes)
                 v_at = turn % stages
@@ -281,7 +283,8 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
             acc = warpgroup_mma(a, p.v_bufs.index(v_at), acc)
             mbarrier.arrive(p.v_free.index(v_at), count=1)
             turn += 1
-        token = gl.load(p.tokens + start + place, mask=place < count, other=0)
+        else:
+            token = gl.load(p.tokens + start + place, mask=place < count, other=0)
 
         total = gl.where(mass == 0.0, 1.0, mass)
         acc = acc * gl.expand_dims(gl.convert_layout(1.0 / total, acc_row), 1)
