@@ -174,7 +174,7 @@ def _fetch(p, unit, token, column, buffer):
     head = p.first_pair + unit // p.groups
     queries = p.q + (head // p.heads).to(gl.int64) * p.q_b
     queries += (head % p.heads).to(gl.int64) * p.q_h
-    where = gl.expand_dims(token.to(gl.int64), 1) * p.q_l + gl.expand_dims(column, 0)
+    where = gl.expand_dims(token * p.q_l, 1) + gl.expand_dims(column, 0)
     _copy(buffer, queries + where)
     async_copy.commit_group()
 
@@ -404,7 +404,7 @@ def attend_kernel(
         part_lse,
         gl.to_tensor(q_b).to(gl.int64),
         gl.to_tensor(q_h).to(gl.int64),
-        gl.to_tensor(q_l).to(gl.int64),
+        gl.to_tensor(q_l),
         heads,
         length,
         padded,
@@ -555,7 +555,9 @@ def token_attention(
 
 
 def _aligned(q: Tensor) -> bool:
-    """Whether rows can be copied 16 bytes at a time."""
+    """Whether rows can be copied 16 bytes at a time, and 32 bits tell those of a head apart."""
+    if q.shape[2] * q.stride(2) >= 1 << 31:
+        return False
     return q.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in q.stride()[:3])
 
 

@@ -28,7 +28,7 @@ _EACH = 8
 _WARPS = 4
 _TILES = 32
 """Tiles whose digits are added up together."""
-_SIZES = ["heads", "length", "padded", "groups", "first_pair", "word_b", "word_h", "shift"]
+_SIZES = ["heads", "length", "padded", "groups", "first_pair", "word_b", "word_h", "shift", "each"]
 
 
 @triton.jit
@@ -101,10 +101,10 @@ def _spread(counts, part: tl.constexpr):
 
 
 @triton.jit
-def _counts_of(word_ptr, key_ptr, place, end, shift, EACH: tl.constexpr, FIRST: tl.constexpr):
-    """How many of its ``EACH`` tokens have each digit, four bits for each, by row."""
+def _counts_of(word_ptr, key_ptr, place, end, shift, each, FIRST: tl.constexpr):
+    """How many of a row's tokens have each digit, four bits for each."""
     counts = tl.zeros(place.shape, tl.int64)
-    for i in tl.static_range(EACH):
+    for i in range(each):  # no constant, and not unrolled: what is run once must be fetched
         code, there = _code(word_ptr, key_ptr, place + i, place + i < end, FIRST)
         one, _at = _one(code, there, shift)
         counts += one
@@ -114,21 +114,21 @@ def _counts_of(word_ptr, key_ptr, place, end, shift, EACH: tl.constexpr, FIRST: 
 @triton.jit(do_not_specialize=_SIZES)
 def _count(
     word_ptr, key_ptr, total_ptr, bin_ptr,
-    heads, length, padded, groups, first_pair, word_b, word_h, shift,
-    FIRST: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
+    heads, length, padded, groups, first_pair, word_b, word_h, shift, each,
+    FIRST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """How many tokens of a tile have each digit."""
     tile, unit = tl.program_id(0), tl.program_id(1)
     end = length if FIRST else tl.load(total_ptr + unit)
     lane = tl.arange(0, 16)
     where = (unit.to(tl.int64) * tl.num_programs(0) + tile) * 16 + lane
-    if tile * ROWS * EACH >= end:
+    if tile * ROWS * each >= end:
         tl.store(bin_ptr + where, tl.zeros([16], tl.int32))
         return
     word_ptr = _words_of(word_ptr, unit, heads, length, groups, first_pair, word_b, word_h)
     key_ptr += unit.to(tl.int64) * padded
-    place = (tile * ROWS + tl.arange(0, ROWS)) * EACH
-    counts = _counts_of(word_ptr, key_ptr, place, end, shift, EACH, FIRST)
+    place = (tile * ROWS + tl.arange(0, ROWS)) * each
+    counts = _counts_of(word_ptr, key_ptr, place, end, shift, each, FIRST)
     found = tl.zeros([16], tl.int64)
     for part in tl.static_range(4):
         found = tl.where((lane >> 2) == part, tl.sum(_spread(counts, part), 0), found)
@@ -139,14 +139,14 @@ def _count(
 @triton.jit(do_not_specialize=_SIZES)
 def _move(
     word_ptr, key_ptr, token_ptr, total_ptr, bin_ptr, start_ptr, key_out, token_out, place_ptr,
-    heads, length, padded, groups, first_pair, word_b, word_h, shift,
-    FIRST: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
+    heads, length, padded, groups, first_pair, word_b, word_h, shift, each,
+    FIRST: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
     """The tokens of a tile to where those of their digit go, in the order that they had."""
     tile, unit = tl.program_id(0), tl.program_id(1)
     end = length if FIRST else tl.load(total_ptr + unit)
-    if tile * ROWS * EACH >= end:
+    if tile * ROWS * each >= end:
         return
     # where those of each digit begin, behind those of smaller ones and of tiles before this one
     lane = tl.arange(0, 16)
@@ -169,8 +169,8 @@ def _move(
     key_out += unit.to(tl.int64) * padded
     token_out += unit.to(tl.int64) * padded
     place_ptr += unit.to(tl.int64) * length
-    place = (tile * ROWS + tl.arange(0, ROWS)) * EACH
-    counts = _counts_of(word_ptr, key_ptr, place, end, shift, EACH, FIRST)
+    place = (tile * ROWS + tl.arange(0, ROWS)) * each
+    counts = _counts_of(word_ptr, key_ptr, place, end, shift, each, FIRST)
     ranks_0, ranks_1 = _spread(counts, 0), _spread(counts, 1)
     ranks_2, ranks_3 = _spread(counts, 2), _spread(counts, 3)
     ranks_0 = tl.cumsum(ranks_0, 0) - ranks_0
@@ -179,7 +179,7 @@ def _move(
     ranks_3 = tl.cumsum(ranks_3, 0) - ranks_3
     tl.debug_barrier()
     counts = tl.zeros([ROWS], tl.int64)
-    for i in tl.static_range(EACH):
+    for i in range(each):
         within = place + i < end
         code, there = _code(word_ptr, key_ptr, place + i, within, FIRST)
         one, at = _one(code, there, shift)
@@ -270,7 +270,7 @@ def sort(
     place, count = room(units, length), room(units)
     bins, starts = bins.view(torch.int32), starts.view(torch.int32)
     where = (heads, length, padded, groups, first_pair, *lead_strides(words.word))
-    shape = {"ROWS": _ROWS, "EACH": _EACH, "num_warps": _WARPS}
+    shape = {"ROWS": _ROWS, "num_warps": _WARPS}
     passes = range(0, BITS, 4)
     for shift in passes:
         given, made = (other, one) if shift % 8 == 0 else (one, other)
@@ -279,7 +279,7 @@ def sort(
             _count,
             (tiles, units),
             (words.word, given[0], count, bins),
-            (*where, shift),
+            (*where, shift, _EACH),
             FIRST=first,
             **shape,
         )
@@ -287,7 +287,7 @@ def sort(
             _move,
             (tiles, units),
             (words.word, *given, count, bins, starts, *made, place),
-            (*where, shift),
+            (*where, shift, _EACH),
             FIRST=first,
             LAST=shift == passes[-1],
             TILES=_TILES,
@@ -304,7 +304,7 @@ def specimens() -> list[Specimen]:
         "token_out": "*i32",
         "select_ptr": "*i1",
     }
-    first = {"FIRST": True, "ROWS": _ROWS, "EACH": _EACH}
+    first = {"FIRST": True, "ROWS": _ROWS}
     later = first | {"FIRST": False}
     launches: list[tuple[Any, dict[str, Any]]] = [
         (_words, {"BT": 128, "BG": 2}),
