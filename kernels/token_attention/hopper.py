@@ -73,13 +73,12 @@ def _bring(desc, entries, row, buffer, ready, BOX: gl.constexpr):
 
 @gluon.jit
 def _listed(p, number):
-    """Of an item: its unit, its boxes, where their list is, and how many of them all chose."""
+    """Of an item: its boxes, where their list is, and how many of them all chose."""
     there = number >= 0
     item = p.items + number * _ITEM
-    unit = gl.load(item, mask=there, other=0)
     plain = gl.load(item + 3, mask=there, other=0)
     count = gl.load(item + 4, mask=there, other=0)
-    return unit, count, gl.load(item + 5, mask=there, other=0), plain
+    return count, gl.load(item + 5, mask=there, other=0), plain
 
 
 @gluon.jit
@@ -97,7 +96,7 @@ def _producer(p, BOX: gl.constexpr):
     while number >= 0:
         item = p.items + number * _ITEM
         number = _after(p, number)
-        row = (gl.load(item) // p.groups - p.held_pair) * p.length
+        row = (gl.load(item + 6) * p.heads + gl.load(item + 7) - p.held_pair) * p.length
         turns = (gl.load(item + 4) + boxes - 1) // boxes
         entries = p.listed + gl.load(item + 5)
         for i in range(turns):
@@ -159,21 +158,21 @@ def _chosen_full(s, by, word, entries, columns, BOX: gl.constexpr):
 
 @gluon.jit
 def _header(p, number, group: gl.constexpr):
-    """Of an item: its unit, where this group's tokens begin, and how many there are."""
+    """Of an item: its element and head, where this group's tokens begin, and how many there are."""
     there = number >= 0
     item = p.items + number * _ITEM
     unit = gl.load(item, mask=there, other=0)
     tile = gl.load(item + 1, mask=there, other=0)
     count = gl.load(item + 2, mask=there, other=0) - group * 64
-    return unit, unit.to(gl.int64) * p.padded + tile * 128 + group * 64, count
+    b = gl.load(item + 6, mask=there, other=0)
+    h = gl.load(item + 7, mask=there, other=0)
+    return b, h, unit.to(gl.int64) * p.padded + tile * 128 + group * 64, count
 
 
 @gluon.jit
-def _fetch(p, unit, token, column, buffer):
+def _fetch(p, b, h, token, column, buffer):
     """Begin to gather the queries of some tokens."""
-    head = p.first_pair + unit // p.groups
-    queries = p.q + (head // p.heads).to(gl.int64) * p.q_b
-    queries += (head % p.heads).to(gl.int64) * p.q_h
+    queries = p.q + b.to(gl.int64) * p.q_b + h.to(gl.int64) * p.q_h
     where = gl.expand_dims(token * p.q_l, 1) + gl.expand_dims(column, 0)
     _copy(buffer, queries + where)
     async_copy.commit_group()
@@ -203,13 +202,13 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
     number = p.begin
     ahead = _after(p, number)
     beyond = _after(p, ahead)
-    unit, start, count = _header(p, number, group)
+    b, h, start, count = _header(p, number, group)
     token = gl.load(p.tokens + start + place, mask=place < count, other=0)
-    _fetch(p, unit, token, column, q_bufs.index(0))
+    _fetch(p, b, h, token, column, q_bufs.index(0))
     next_word = gl.load(p.words + start + row, mask=row < count, other=0)
-    unit, start, count = _header(p, ahead, group)
+    b, h, start, count = _header(p, ahead, group)
     token = gl.load(p.tokens + start + place, mask=place < count, other=0)
-    _unit, listed, at_list, everyone = _listed(p, number)
+    listed, at_list, everyone = _listed(p, number)
     turn = gl.to_tensor(0)
     q_at = gl.to_tensor(0)
     while number >= 0:
@@ -217,7 +216,7 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
         plain = everyone // boxes
         turns = (listed + boxes - 1) // boxes
         entries = p.listed + at_list
-        _unit, listed, at_list, everyone = _listed(p, ahead)
+        listed, at_list, everyone = _listed(p, ahead)
         word = next_word.to(gl.int32)
         q_buf = q_bufs.index(q_at)
         q_next = gl.where(q_at == 2, 0, q_at + 1)
@@ -225,9 +224,9 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
         fence_async_shared()
         # of the three buffers the one whose partial was stored two items ago
         tma.store_wait(pendings=1)
-        _fetch(p, unit, token, column, q_bufs.index(q_next))
+        _fetch(p, b, h, token, column, q_bufs.index(q_next))
         next_word = gl.load(p.words + start + row, mask=row < count, other=0)
-        unit, start, count = _header(p, beyond, group)
+        b, h, start, count = _header(p, beyond, group)
         kept = (number - p.first_item) * (2 * rows) + group * rows
         number = ahead
         ahead = beyond
@@ -314,8 +313,6 @@ class _Parts:
     heads: gl.tensor
     length: gl.tensor
     padded: gl.tensor
-    groups: gl.tensor
-    first_pair: gl.tensor
     held_pair: gl.tensor
     first_item: gl.tensor
     begin: gl.tensor
@@ -408,9 +405,7 @@ def attend_kernel(
         heads,
         length,
         padded,
-        groups,
-        first_pair,
-        gl.to_tensor(held_pair),
+        first_pair + held_pair,
         first_item,
         gl.load(start + dealt * gl.num_programs(0) + gl.program_id(0)),
         following,

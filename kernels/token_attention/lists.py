@@ -33,7 +33,8 @@ AHEAD = 8
 ENTRY_BITS = 7
 """An entry is a box's length in so many bits, its block's bit in four more, and its start."""
 ITEM = 8
-"""Numbers of an item: unit, tile, queries, boxes that all chose, boxes, where its list is."""
+"""Numbers of an item: unit, tile, queries, boxes that all chose, boxes, where its list is; batch
+element and head."""
 _CHUNK = 128
 """Boxes that are looked at together."""
 _SUMMED = 512
@@ -121,6 +122,8 @@ def _pack(
     tl.store(item + 1, tile)
     tl.store(item + 2, tl.minimum(rows, BM))
     tl.store(item + 5, at)
+    tl.store(item + 6, b)
+    tl.store(item + 7, h)
 
 
 @triton.jit(do_not_specialize=["units"])

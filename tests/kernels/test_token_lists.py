@@ -83,6 +83,7 @@ def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch, rows, scratch):
             item = made.item[first + tile, :6].tolist()
             every = len(of_all) + len(of_some)
             assert item[:5] == [unit, tile, len(rows), len(of_all), every]
+            assert made.item[first + tile, 6:].tolist() == [b, h]
             wanted = of_all + of_some + [0] * lists.AHEAD
             assert made.listed[item[5] :][: len(wanted)].tolist() == wanted
             seen += bool(of_all) + bool(of_some)
