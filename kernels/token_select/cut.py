@@ -204,8 +204,9 @@ class State(NamedTuple):
         some = -(-pairs // 4) * 4
         sizes = (*(2 * some,) * 7, some, pairs << around, pairs << tail)
         parts = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
-        numbers = [part.view(torch.int64) for part in parts[:6]]
+        base, have, cut, needed, zero, least = (part.view(torch.int64) for part in parts[:6])
         scale, done = parts[6].view(torch.float32).view(-1, 2), parts[7]
         wanted = torch.empty(pairs, dtype=torch.float64, device=device)
         share = torch.full((1,), threshold, dtype=torch.float64, device=device)
-        return cls(*numbers, scale, done, wanted, share, *parts[8:])
+        known = base, have, cut, needed, zero, least
+        return cls(*known, scale, done, wanted, share, parts[8], parts[9])
