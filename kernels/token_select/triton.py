@@ -118,7 +118,7 @@ def _digits(
         have = tl.sum(tl.where(mine, worth, 0), 1)
         part = tl.where(lane[None, :] == BINS, total[:, None], 0)
         part = tl.where(lane[None, :] == BINS + 1, have[:, None], part)
-        for d in range(BINS):  # not unrolled: few tiles run it, and must fetch it first
+        for d in tl.static_range(BINS):
             some = tl.sum(tl.where(digit == d, worth, 0), 1)
             part = tl.where(lane[None, :] == d, some[:, None], part)
         sums += part.to(tl.int64)
