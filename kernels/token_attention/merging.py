@@ -19,11 +19,11 @@ from dit_accel.kernels.specimen import Specimen, typed
 LOG2E = tl.constexpr(1.4426950408889634)
 ITEM_ROWS = tl.constexpr(128)
 """Tokens of an item."""
-_GROUPS = 16
+_GROUPS = 32
 """Normalisers of a token that are read at once."""
 _MERGED = 4
 """Partials of a token that are read at once."""
-_TOKENS = 32
+_TOKENS = 16
 """Tokens of a program."""
 
 
@@ -104,20 +104,27 @@ def merge_kernel(
     acc = tl.load(acc_ptr + kept[:, None] * D + depth[None, :], mask=goes_on[:, None], other=0.0)
     acc *= tl.exp2(before - base)[:, None]
     for start in range(0, groups, AT_ONCE):
+        # all of them are on their way before the first is waited for
+        rows_of = ()
         for i in tl.static_range(AT_ONCE):
             group = tl.full([1], start + i, tl.int32)
             unit, begin = _rows_of(first_ptr, pair, group, groups, held, rows, run, BY_ITEM)
             here = inside & (group < groups)
             place = tl.load(place_ptr + unit * length + token, mask=here, other=-1)
-            where = begin + place
-            has = place >= 0
+            rows_of = rows_of + (tl.where(place >= 0, begin + place, -1),)  # noqa: RUF005
+        logs, parts = (), ()
+        for i in tl.static_range(AT_ONCE):
+            where = rows_of[i]
+            has = where >= 0
             if BY_ITEM:
-                has = has & (where >= 0) & (where < rows)
-            lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
-            part = tl.load(
-                part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0
+                has = has & (where < rows)
+            logs = logs + (  # noqa: RUF005
+                tl.load(part_lse_ptr + where, mask=has, other=float("-inf")),
             )
-            acc += part.to(tl.float32) * tl.exp2(lse - base)[:, None]
+            row = part_ptr + where[:, None] * D + depth[None, :]
+            parts = parts + (tl.load(row, mask=has[:, None], other=0.0),)  # noqa: RUF005
+        for i in tl.static_range(AT_ONCE):
+            acc += parts[i].to(tl.float32) * tl.exp2(logs[i] - base)[:, None]
     if last:
         where = (first_pair + held + pair) * length + token
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
