@@ -50,7 +50,7 @@ def select_kernel(
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
     token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1).to(tl.int32)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
@@ -63,9 +63,7 @@ def select_kernel(
     lowest, highest = own_range(there, own, full_ptr, columns)
     for first in range(0, groups, BN // 16):
         column, inside, worth = _columns(first, size, blocks, BN)
-        _gate, value, full = values(
-            query, mean_ptr, fine_ptr, full_ptr, column, inside, low, scale, D, SPLIT
-        )
+        _gate, value = values(query, mean_ptr, fine_ptr, column, inside, low, scale, D, SPLIT)
         begin, end = first * size, (first + BN // 16) * size
         if (end <= columns) & ((highest < begin) | (lowest >= end)):
             worth = tl.where(inside, worth, 0)
@@ -73,6 +71,7 @@ def select_kernel(
             tie = _words(value >= equal, worth, BM, BN) ^ word
         else:
             mine = column[None, :] == own[:, None]
+            full = tl.load(full_ptr + column, mask=inside, other=0) != 0
             can = there[:, None] & (full & (column < columns))[None, :]
             # text selects everything, and everything selects text
             text = (column >= columns)[None, :] | (there[:, None] == 0)
@@ -112,7 +111,7 @@ def settle_kernel(
         return
     b, h = pair // heads, pair % heads
     token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1).to(tl.int32)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h

@@ -11,9 +11,9 @@ TOP = tl.constexpr(2**BITS - 1)
 
 
 @triton.jit
-def values(query, mean_ptr, fine_ptr, full_ptr, column, inside, low, scale,
+def values(query, mean_ptr, fine_ptr, column, inside, low, scale,
            D: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """Gates ``[BM, BN]`` as they are, and normalised; which blocks count."""
+    """Gates ``[BM, BN]`` as they are, and normalised."""
     depth = tl.arange(0, D)
     where = column[None, :] * D + depth[:, None]
     mean = tl.load(mean_ptr + where, mask=inside[None, :], other=0.0)
@@ -21,17 +21,15 @@ def values(query, mean_ptr, fine_ptr, full_ptr, column, inside, low, scale,
     if SPLIT:
         fine = tl.load(fine_ptr + where, mask=inside[None, :], other=0.0)
         gate = tl.dot(query, fine, gate)
-    full = tl.load(full_ptr + column, mask=inside, other=0) != 0
-    return gate, (gate - low) * scale + 0.5, full
+    return gate, (gate - low) * scale + 0.5
 
 
 @triton.jit
 def gates(query, mean_ptr, fine_ptr, full_ptr, column, inside, low, scale,
           D: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """Gates ``[BM, BN]`` as they are, and as whole numbers; which blocks count."""
-    gate, value, full = values(
-        query, mean_ptr, fine_ptr, full_ptr, column, inside, low, scale, D, SPLIT
-    )
+    gate, value = values(query, mean_ptr, fine_ptr, column, inside, low, scale, D, SPLIT)
+    full = tl.load(full_ptr + column, mask=inside, other=0) != 0
     return gate, tl.minimum(tl.maximum(value, 0.0), TOP).to(tl.int32), full
 
 

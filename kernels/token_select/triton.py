@@ -97,7 +97,7 @@ def _digits(
         return
     b, h = pair // heads, pair % heads
     token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, step, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1).to(tl.int32)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
@@ -147,7 +147,7 @@ def _tails(
         return
     b, h = pair // heads, pair % heads
     token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1).to(tl.int32)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
@@ -180,7 +180,7 @@ def _around(
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
     token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1).to(tl.int32)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
@@ -195,9 +195,8 @@ def _around(
     lowest, highest = own_range(there, own, full_ptr, columns)
     for first in range(0, columns, BN):
         column = first + tl.arange(0, BN)
-        _gate, value, full = values(
-            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
-        )
+        known = column < columns
+        _gate, value = values(query, mean_ptr, fine_ptr, column, known, low, scale, D, SPLIT)
         # what lies beyond the ends is found by the least and the most
         number = value.to(tl.int32)
         beyond = number - base
@@ -214,11 +213,12 @@ def _around(
             _tally(count_ptr, tl.where(counted, beyond, -1), BM, BN)
         else:
             mine = column[None, :] == own[:, None]
+            full = tl.load(full_ptr + column, mask=known, other=0) != 0
             some = full[None, :] & there[:, None]
             least = tl.minimum(least, tl.min(tl.where(some, number, TOP + 1), 1))
             most = tl.maximum(most, tl.max(tl.where(some, number, -1), 1))
             every += tl.sum(tl.where(some, number, 0), 1).to(tl.int64)
-            columns_full += tl.sum((full & (column < columns)).to(tl.int32), 0)
+            columns_full += tl.sum(full.to(tl.int32), 0)
             have = tl.maximum(have, tl.max(tl.where(some & mine, number, -1), 1))
             some = some & (mine == 0)
             far = some & (beyond >= 1 << BITS)
