@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_accel.density import Budget, budget, share_at
 from dit_accel.errors import InputError
-from dit_accel.kernels.packed import compact, remembered
+from dit_accel.kernels.packed import remembered
 from dit_accel.kernels.token_select import token_select
 from dit_accel.kernels.words import Words
 from dit_accel.layout import Blocked, Statistic
@@ -70,10 +70,12 @@ class Gate:
             batch, heads, length, _ = blocked.q.shape
             shape = (batch, heads, length, blocks.num_blocks)
             return TokenPlan(Words.full(shape, blocked.q.device))
-        valid = blocked.geometry.key_valid
-
-        def full() -> Tensor:
-            return compact(blocks.perm, blocks.offsets, valid).offsets.diff(dim=-1) > 0
+        if blocked.geometry.key_valid is None:
+            mean = blocked.key_mean()
+            full = remembered(blocks.perm, blocks.offsets, "full", lambda: blocks.sizes > 0)
+        else:  # what is valid in each block is asked for later too
+            summary = blocked.summary()
+            mean, full = summary.k_mean, summary.count > 0
 
         def own() -> Tensor:
             return block_of(blocks.perm, blocks.offsets)
@@ -81,11 +83,9 @@ class Gate:
         return TokenPlan(
             token_select(
                 blocked.q,
-                blocked.key_mean(),
+                mean,
                 remembered(blocks.perm, blocks.offsets, "block_of", own),
-                full()
-                if valid is not None
-                else remembered(blocks.perm, blocks.offsets, "full", full),
+                full,
                 num_video=columns,
                 text_span=blocked.geometry.text_span,
                 threshold=threshold,

@@ -111,18 +111,19 @@ def merge_kernel(
             unit, begin = _rows_of(first_ptr, pair, group, groups, held, rows, run, BY_ITEM)
             here = inside & (group < groups)
             place = tl.load(place_ptr + unit * length + token, mask=here, other=-1)
-            rows_of = rows_of + (tl.where(place >= 0, begin + place, -1),)  # noqa: RUF005
+            where = tl.where(place >= 0, begin + place, -1)
+            rows_of = rows_of + (where,)  # type: ignore[assignment]  # noqa: RUF005
         logs, parts = (), ()
         for i in tl.static_range(AT_ONCE):
             where = rows_of[i]
             has = where >= 0
             if BY_ITEM:
                 has = has & (where < rows)
-            logs = logs + (  # noqa: RUF005
-                tl.load(part_lse_ptr + where, mask=has, other=float("-inf")),
-            )
+            lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
             row = part_ptr + where[:, None] * D + depth[None, :]
-            parts = parts + (tl.load(row, mask=has[:, None], other=0.0),)  # noqa: RUF005
+            part = tl.load(row, mask=has[:, None], other=0.0)
+            logs = logs + (lse,)  # type: ignore[assignment]  # noqa: RUF005
+            parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
         for i in tl.static_range(AT_ONCE):
             acc += parts[i].to(tl.float32) * tl.exp2(logs[i] - base)[:, None]
     if last:
