@@ -24,7 +24,7 @@ ITEM_NUMBERS = tl.constexpr(8)
 _COST_BITS = 15
 _BEGIN = 200
 """Keys that take as long as an item's beginning and end."""
-_MANY = 16
+_MANY = 8
 """Items of a program, at least 4, that are dealt out one by one."""
 _KEYED = 1024
 _COST = tl.constexpr(_COST_BITS)

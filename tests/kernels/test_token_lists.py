@@ -132,7 +132,7 @@ def test_partials_are_merged_run_by_run(capacity):
     assert (out[1, 1] == 7).all()
 
 
-@pytest.mark.parametrize(("many", "wide"), [(16, False), (16, True), (4, False)])
+@pytest.mark.parametrize(("many", "wide"), [(8, False), (8, True), (4, False)])
 @pytest.mark.parametrize(("held", "capacity"), [(1, 100), (1, 3), (2, 200), (4, 200)])
 def test_items_are_dealt_out_once_and_evenly(held, capacity, many, wide, monkeypatch):
     monkeypatch.setattr(dealing, "_MANY", many)
