@@ -80,6 +80,22 @@ class Blocked:
         self._cache["summary"] = known
         return known
 
+    def key_mean(self) -> Tensor:
+        """``k̄_j`` alone, as `summary` has it: fp32 (fp64 for fp64) ``[B, H, Nk, D]``. Cached."""
+        known: Summary | None = self._cache.get("summary")
+        if known is not None:
+            return known.k_mean
+        if "key_mean" not in self._cache:
+            self._cache["key_mean"] = block_mean(
+                self.k,
+                perm=self.keys.perm,
+                offsets=self.keys.offsets,
+                valid=self.geometry.key_valid,
+                longest=self.keys.longest,
+            )
+        mean: Tensor = self._cache["key_mean"]
+        return mean
+
     def query_mean(self) -> Tensor:
         """``q̄_i``: fp32 (fp64 for fp64) ``[B, H, Nq, D]``, zero for an empty block. Cached."""
         if "query_mean" not in self._cache:

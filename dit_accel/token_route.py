@@ -70,7 +70,12 @@ class Gate:
             batch, heads, length, _ = blocked.q.shape
             shape = (batch, heads, length, blocks.num_blocks)
             return TokenPlan(Words.full(shape, blocked.q.device))
-        summary = blocked.summary()
+        if blocked.geometry.key_valid is None:
+            mean = blocked.key_mean()
+            full = remembered(blocks.perm, blocks.offsets, "full", lambda: blocks.sizes > 0)
+        else:  # what is valid in each block is asked for later too
+            summary = blocked.summary()
+            mean, full = summary.k_mean, summary.count > 0
 
         def own() -> Tensor:
             return block_of(blocks.perm, blocks.offsets)
@@ -78,9 +83,9 @@ class Gate:
         return TokenPlan(
             token_select(
                 blocked.q,
-                summary.k_mean,
+                mean,
                 remembered(blocks.perm, blocks.offsets, "block_of", own),
-                summary.count > 0,
+                full,
                 num_video=columns,
                 text_span=blocked.geometry.text_span,
                 threshold=threshold,

@@ -35,6 +35,7 @@ def _gather(
     height,
     first_pair,
     BOTH: tl.constexpr,
+    ZERO: tl.constexpr,
     D: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -50,8 +51,8 @@ def _gather(
     if BOTH:
         y = tl.load(y_ptr + b * y_b + h * y_h + token * y_l + depth[None, :], mask=known, other=0.0)
         tl.store(y_out + where, y, mask=inside[:, None])
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(zero, 0)
+    if ZERO and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(zero, 0)
     tl.store(x_out + where, x, mask=inside[:, None])
 
 
@@ -65,26 +66,45 @@ def gather_rows(x: Tensor, tokens: Tensor, out: Tensor, first_pair: int, pairs: 
         first_pair: ``b · H + h`` of the first one.
         pairs: how many, at most ``P``.
     """
-    _launch((x, x, tokens, out, out, tokens), out.shape[-2], first_pair, pairs, both=False)
+    pointers = (x, x, tokens, out, out, tokens)
+    _launch(pointers, out.shape[-2], first_pair, pairs, both=False, zero=False)
 
 
 def gather_both(
-    x: Tensor, y: Tensor, tokens: Tensor, x_out: Tensor, y_out: Tensor, zero: Tensor
+    x: Tensor,
+    y: Tensor,
+    tokens: Tensor,
+    x_out: Tensor,
+    y_out: Tensor,
+    zero: Tensor | None = None,
+    *,
+    first_pair: int = 0,
+    pairs: int | None = None,
 ) -> None:
-    """Write the first rows of every head, ``x[b, h, tokens]`` and ``y[b, h, tokens]``; zero for -1.
+    """Write the first rows of some heads, ``x[b, h, tokens]`` and ``y[b, h, tokens]``; zero for -1.
 
     Args:
         x, y: ``[B, H, L, D]``, with a last stride of 1.
         tokens: int32 ``[B|1, H|1, M]``.
-        x_out, y_out: ``[B, H, M or more, D]``, contiguous.
+        x_out, y_out: ``[..., M or more, D]``, contiguous, of as many heads or more.
         zero: int32 ``[1]``, a number that a later kernel is to find at 0.
+        first_pair: ``b · H + h`` of the first one.
+        pairs: how many; all by default.
     """
-    pairs = x.shape[0] * x.shape[1]
-    _launch((x, y, tokens, x_out, y_out, zero), x_out.shape[-2], 0, pairs, both=True)
+    pairs = x.shape[0] * x.shape[1] if pairs is None else pairs
+    pointers = (x, y, tokens, x_out, y_out, tokens if zero is None else zero)
+    height = x_out.shape[-2]
+    _launch(pointers, height, first_pair, pairs, both=True, zero=zero is not None)
 
 
 def _launch(
-    pointers: tuple[Tensor, ...], height: int, first_pair: int, pairs: int, *, both: bool
+    pointers: tuple[Tensor, ...],
+    height: int,
+    first_pair: int,
+    pairs: int,
+    *,
+    both: bool,
+    zero: bool,
 ) -> None:
     x, y, tokens = pointers[:3]
     places = tokens.shape[-1]
@@ -97,6 +117,7 @@ def _launch(
             *(x.shape[1], places, height, first_pair),
         ),
         BOTH=both,
+        ZERO=zero,
         D=x.shape[3],
         BN=_PLACES,
         num_warps=4,
@@ -105,7 +126,7 @@ def _launch(
 
 def specimen(depth: int, dtype: str, *, both: bool = False) -> Specimen:
     """The kernel as it is launched."""
-    constants = {"BOTH": both, "D": depth, "BN": _PLACES}
+    constants = {"BOTH": both, "ZERO": both, "D": depth, "BN": _PLACES}
     types = {
         **dict.fromkeys(("x_ptr", "y_ptr", "x_out", "y_out"), f"*{dtype}"),
         **dict.fromkeys(("token_ptr", "zero"), "*i32"),

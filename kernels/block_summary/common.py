@@ -45,7 +45,7 @@ def specimen(kernel: Any, name: str, dtype: str, constants: dict[str, Any]) -> S
     types = {
         **dict.fromkeys(("k", "v"), f"*{dtype}"),
         **dict.fromkeys(("perm", "offsets"), "*i32"),
-        **dict.fromkeys(names, "*fp32"),
+        **dict.fromkeys((*names, "sums"), "*fp32"),
     }
     signature = typed(kernel, constants, **types)
     strides = tuple(n for n in ("k_b", "k_h", "k_l", "v_b", "v_h", "v_l") if n in signature)

@@ -1,8 +1,9 @@
 """The block statistics as kernels, keys and values gathered as they are read.
 
 Blocks that fit a tile, which a caller must know, are read once for their means; their
-covariances, in bf16, take another pass without any mean (`products`). Blocks of any length, and
-covariances in other dtypes, go the plain way (`plain`).
+covariances, in bf16, take another pass without any mean (`products`). The means of long blocks are
+made by the piece (`long`). Blocks of any length, and covariances in other dtypes, go the plain way
+(`plain`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dit_accel.kernels.block_summary.common import (
     specimen,
     strides_of,
 )
+from dit_accel.kernels.block_summary.long import LONG, long_means
+from dit_accel.kernels.block_summary.long import SPECIMENS as LONG_SPECIMENS
 from dit_accel.kernels.block_summary.plain import SPECIMENS as PLAIN_SPECIMENS
 from dit_accel.kernels.block_summary.plain import plainly
 from dit_accel.kernels.block_summary.products import SPECIMENS as PRODUCT_SPECIMENS
@@ -141,6 +144,8 @@ def _run(
             if cov:
                 made |= covariances(k, v, order, num_video, tile, made["k_mean"], made["v_mean"])
             return made, order.offsets
+    if longest is not None and longest >= LONG and not var and not cov and offsets.shape[-1] > 1:
+        return made | long_means(k, v, order, longest, values=values), order.offsets
     return made | plainly(k, v, order, num_video, values, var, cov), order.offsets
 
 
@@ -184,7 +189,7 @@ def _specimens() -> Iterator[Specimen]:
 
 
 SPECIMENS = (
-    [*_specimens(), *PRODUCT_SPECIMENS, *PLAIN_SPECIMENS]
+    [*_specimens(), *PRODUCT_SPECIMENS, *LONG_SPECIMENS, *PLAIN_SPECIMENS]
     if isinstance(mean_kernel, triton.JITFunction)
     else []
 )

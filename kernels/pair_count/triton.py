@@ -15,6 +15,8 @@ from dit_accel.kernels.words import Words, grouping
 
 _ROWS, _COLUMNS = 32, 256
 _TOKENS = 256
+_RUN = 4096
+"""Tokens whose words are counted by one program."""
 _PROGRAMS = 1024
 """Rows of a head that are counted by one program, which leaves no sum to be added up."""
 _SIZES = ["heads", "rows", "columns", "run"]
@@ -83,9 +85,10 @@ def words_kernel(
     key_b,
     key_h,
     TOKENS: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    """The pairs of a head and a group of blocks."""
-    group, head = tl.program_id(0), tl.program_id(1)
+    """The pairs of a head, a group of blocks and a run of tokens."""
+    group, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     words += b * word_b + h * word_h + group.to(tl.int64) * length
     bit = tl.arange(0, 16)
@@ -94,28 +97,31 @@ def words_kernel(
     known = (number < size) & (column < blocks)
     worth = tl.load(keys + b * key_b + h * key_h + column, mask=known, other=0)
     counts = tl.zeros([TOKENS, 16], tl.int32)
-    for first in range(0, length, TOKENS):
+    for first in range(part * RUN, tl.minimum(part * RUN + RUN, length), TOKENS):
         token = first + tl.arange(0, TOKENS)
         word = tl.load(words + token, mask=token < length, other=0).to(tl.int32)
         counts += (word[:, None] >> bit[None, :]) & 1
     total = tl.sum(counts, 0).to(tl.int64) * worth.to(tl.int64)
-    tl.store(found + head.to(tl.int64) * groups + group, tl.sum(total, 0))
+    at = (head.to(tl.int64) * tl.num_programs(1) + part) * groups + group
+    tl.store(found + at, tl.sum(total, 0))
 
 
 def _of_words(words: Words, keys: Tensor) -> Tensor:
     word, keys = words.word.contiguous(), keys.contiguous()
     batch, heads = (max(x.shape[axis] for x in (word, keys)) for axis in (0, 1))
     groups, size = grouping(words.blocks)
-    found = torch.empty(batch, heads, groups, dtype=torch.int64, device=word.device)
+    parts = max(1, -(-word.shape[3] // _RUN))
+    found = torch.empty(batch, heads, parts * groups, dtype=torch.int64, device=word.device)
     launch(
         words_kernel,
-        (groups, batch * heads),
+        (groups, parts, batch * heads),
         (word, keys, found),
         (
             *(heads, word.shape[3], groups, size, words.blocks),
             *(*lead_strides(word), *lead_strides(keys)),
         ),
         TOKENS=_TOKENS,
+        RUN=_RUN,
         num_warps=4,
     )
     return found.sum(-1)
@@ -159,7 +165,7 @@ def _specimen(kind: str, weighed: bool) -> Specimen:
 
 
 def _specimen_of_words() -> Specimen:
-    constants = {"TOKENS": _TOKENS}
+    constants = {"TOKENS": _TOKENS, "RUN": _RUN}
     types = {"words": "*i16", "keys": "*i32", "found": "*i64"}
     signature = typed(words_kernel, constants, **types)
     return Specimen("pairs of words", words_kernel, signature, constants, {"num_warps": 4})

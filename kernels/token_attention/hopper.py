@@ -7,6 +7,8 @@ brings keys and values, two warp groups take 64 queries each, as in block attent
 one partial for every token, and the partials of a token's groups are merged at the end.
 """
 
+from itertools import accumulate
+
 import torch
 import triton
 from torch import Tensor
@@ -23,12 +25,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
+from dit_accel.kernels.backends import multiprocessors
 from dit_accel.kernels.block_attention.hopper import shared_layout
 from dit_accel.kernels.block_attention.softmax import _soften, _soften_plain
-from dit_accel.kernels.gather import gather_rows
+from dit_accel.kernels.gather import gather_both
 from dit_accel.kernels.gluon_names import before_hand_over, load_box
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.packed import START_BIT, compact
 from dit_accel.kernels.specimen import Specimen
+from dit_accel.kernels.token_attention.dealing import MOST_PROGRAMS, deal
+from dit_accel.kernels.token_attention.dealing import specimens as of_dealing
 from dit_accel.kernels.token_attention.lists import (
     ENTRY_BITS,
     ITEM,
@@ -67,13 +73,18 @@ def _bring(desc, entries, row, buffer, ready, BOX: gl.constexpr):
 
 @gluon.jit
 def _listed(p, number):
-    """Of an item: its unit, its boxes, where their list is, and how many of them all chose."""
-    there = number < p.end
+    """Of an item: its boxes, where their list is, and how many of them all chose."""
+    there = number >= 0
     item = p.items + number * _ITEM
-    unit = gl.load(item, mask=there, other=0)
     plain = gl.load(item + 3, mask=there, other=0)
     count = gl.load(item + 4, mask=there, other=0)
-    return unit, count, gl.load(item + 5, mask=there, other=0), plain
+    return count, gl.load(item + 5, mask=there, other=0), plain
+
+
+@gluon.jit
+def _after(p, number):
+    """The item that this program computes after one, or -1."""
+    return gl.load(p.following + number, mask=number >= 0, other=-1)
 
 
 @gluon.jit
@@ -81,9 +92,11 @@ def _producer(p, BOX: gl.constexpr):
     stages: gl.constexpr = p.k_bufs.shape[0]
     boxes: gl.constexpr = p.k_bufs.shape[1] // BOX
     turn = gl.to_tensor(0)
-    for number in range(p.begin, p.end, p.step):
+    number = p.begin
+    while number >= 0:
         item = p.items + number * _ITEM
-        row = (gl.load(item) // p.groups - p.held_pair) * p.length
+        number = _after(p, number)
+        row = (gl.load(item + 6) * p.heads + gl.load(item + 7) - p.held_pair) * p.length
         turns = (gl.load(item + 4) + boxes - 1) // boxes
         entries = p.listed + gl.load(item + 5)
         for i in range(turns):
@@ -145,22 +158,22 @@ def _chosen_full(s, by, word, entries, columns, BOX: gl.constexpr):
 
 @gluon.jit
 def _header(p, number, group: gl.constexpr):
-    """Of an item: its unit, where this group's tokens begin, and how many there are."""
-    there = number < p.end
+    """Of an item: its element and head, where this group's tokens begin, and how many there are."""
+    there = number >= 0
     item = p.items + number * _ITEM
     unit = gl.load(item, mask=there, other=0)
     tile = gl.load(item + 1, mask=there, other=0)
     count = gl.load(item + 2, mask=there, other=0) - group * 64
-    return unit, unit.to(gl.int64) * p.padded + tile * 128 + group * 64, count
+    b = gl.load(item + 6, mask=there, other=0)
+    h = gl.load(item + 7, mask=there, other=0)
+    return b, h, unit.to(gl.int64) * p.padded + tile * 128 + group * 64, count
 
 
 @gluon.jit
-def _fetch(p, unit, token, column, buffer):
+def _fetch(p, b, h, token, column, buffer):
     """Begin to gather the queries of some tokens."""
-    head = p.first_pair + unit // p.groups
-    queries = p.q + (head // p.heads).to(gl.int64) * p.q_b
-    queries += (head % p.heads).to(gl.int64) * p.q_h
-    where = gl.expand_dims(token.to(gl.int64), 1) * p.q_l + gl.expand_dims(column, 0)
+    queries = p.q + b.to(gl.int64) * p.q_b + h.to(gl.int64) * p.q_h
+    where = gl.expand_dims(token * p.q_l, 1) + gl.expand_dims(column, 0)
     _copy(buffer, queries + where)
     async_copy.commit_group()
 
@@ -186,21 +199,24 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
     row = gl.arange(0, rows, row_of)
 
     # queries are gathered an item ahead, and their tokens known an item before that
-    unit, start, count = _header(p, p.begin, group)
+    number = p.begin
+    ahead = _after(p, number)
+    beyond = _after(p, ahead)
+    b, h, start, count = _header(p, number, group)
     token = gl.load(p.tokens + start + place, mask=place < count, other=0)
-    _fetch(p, unit, token, column, q_bufs.index(0))
+    _fetch(p, b, h, token, column, q_bufs.index(0))
     next_word = gl.load(p.words + start + row, mask=row < count, other=0)
-    unit, start, count = _header(p, p.begin + p.step, group)
+    b, h, start, count = _header(p, ahead, group)
     token = gl.load(p.tokens + start + place, mask=place < count, other=0)
-    _unit, listed, at_list, everyone = _listed(p, p.begin)
+    listed, at_list, everyone = _listed(p, number)
     turn = gl.to_tensor(0)
     q_at = gl.to_tensor(0)
-    for number in range(p.begin, p.end, p.step):
+    while number >= 0:
         item = p.items + number * _ITEM
         plain = everyone // boxes
         turns = (listed + boxes - 1) // boxes
         entries = p.listed + at_list
-        _unit, listed, at_list, everyone = _listed(p, number + p.step)
+        listed, at_list, everyone = _listed(p, ahead)
         word = next_word.to(gl.int32)
         q_buf = q_bufs.index(q_at)
         q_next = gl.where(q_at == 2, 0, q_at + 1)
@@ -208,9 +224,13 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
         fence_async_shared()
         # of the three buffers the one whose partial was stored two items ago
         tma.store_wait(pendings=1)
-        _fetch(p, unit, token, column, q_bufs.index(q_next))
+        _fetch(p, b, h, token, column, q_bufs.index(q_next))
         next_word = gl.load(p.words + start + row, mask=row < count, other=0)
-        unit, start, count = _header(p, number + 2 * p.step, group)
+        b, h, start, count = _header(p, beyond, group)
+        kept = (number - p.first_item) * (2 * rows) + group * rows
+        number = ahead
+        ahead = beyond
+        beyond = _after(p, beyond)
 
         acc = gl.zeros([rows, depth], gl.float32, result)
         m = gl.full([rows], float("-inf"), gl.float32, row_of)
@@ -230,6 +250,8 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
             else:
                 weights, m, mass, fade = _soften_plain(s, m, mass, p.by)
             a = gl.convert_layout(weights.to(dtype), operand)
+            # where they are is known by now, and there is time until they are wanted
+            token = gl.load(p.tokens + start + place, mask=place < count, other=0)
             for i in range(1, turns):
                 found = _entries_of(entries, i, boxes)
                 v_at = turn % stages
@@ -260,12 +282,12 @@ def _consumer(p, group: gl.constexpr, q_bufs, BOX: gl.constexpr):
             acc = warpgroup_mma(a, p.v_bufs.index(v_at), acc)
             mbarrier.arrive(p.v_free.index(v_at), count=1)
             turn += 1
-        token = gl.load(p.tokens + start + place, mask=place < count, other=0)
+        else:
+            token = gl.load(p.tokens + start + place, mask=place < count, other=0)
 
         total = gl.where(mass == 0.0, 1.0, mass)
-        acc = acc / gl.expand_dims(gl.convert_layout(total, acc_row), 1)
+        acc = acc * gl.expand_dims(gl.convert_layout(1.0 / total, acc_row), 1)
         left = gl.load(item + 2) - group * rows
-        kept = (number - p.first_item) * (2 * rows) + group * rows
         q_buf.store(acc.to(dtype))
         fence_async_shared()
         _store(p.parts, [kept, 0], q_buf)
@@ -291,13 +313,10 @@ class _Parts:
     heads: gl.tensor
     length: gl.tensor
     padded: gl.tensor
-    groups: gl.tensor
-    first_pair: gl.tensor
     held_pair: gl.tensor
     first_item: gl.tensor
     begin: gl.tensor
-    end: gl.tensor
-    step: gl.tensor
+    following: gl.tensor
     by: gl.tensor
     keys: tma.tensor_descriptor
     values: tma.tensor_descriptor
@@ -321,7 +340,7 @@ _Parts = aggregate(_Parts)  # type: ignore[misc]
 
 @gluon.jit(
     do_not_specialize=[
-        *("heads", "length", "padded", "groups", "first_pair", "held_pair", "held", "run"),
+        *("heads", "length", "padded", "groups", "first_pair", "held_pair", "dealt", "run"),
         "capacity",
     ]
 )
@@ -336,6 +355,8 @@ def attend_kernel(
     first,
     items,
     listed,
+    following,
+    start,
     q_b,
     q_h,
     q_l,
@@ -345,7 +366,7 @@ def attend_kernel(
     groups,
     first_pair,
     held_pair,
-    held,
+    dealt,
     run,
     capacity,
     scale,
@@ -380,17 +401,14 @@ def attend_kernel(
         part_lse,
         gl.to_tensor(q_b).to(gl.int64),
         gl.to_tensor(q_h).to(gl.int64),
-        gl.to_tensor(q_l).to(gl.int64),
+        gl.to_tensor(q_l),
         heads,
         length,
         padded,
-        groups,
-        first_pair,
-        gl.to_tensor(held_pair),
+        first_pair + held_pair,
         first_item,
-        first_item + gl.program_id(0),
-        gl.minimum(gl.load(first + (held_pair + held) * groups), first_item + capacity),
-        gl.num_programs(0),
+        gl.load(start + dealt * gl.num_programs(0) + gl.program_id(0)),
+        following,
         scale * 1.4426950408889634,
         keys,
         values,
@@ -414,7 +432,7 @@ def attend_kernel(
     )
 
 
-def setting(length: int, blocks: int) -> tuple[int, int]:
+def setting_of(length: int, blocks: int) -> tuple[int, int]:
     """Keys of a turn and of a box: long runs for long blocks, else what small ones fill."""
     if length >= 128 * blocks:
         return 128, 64
@@ -430,7 +448,7 @@ def token_attention(
     k_offsets: Tensor,
     key_valid: Tensor | None,
     scale: float,
-    launch: tuple[int, int] | None = None,
+    setting: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `triton.token_attention`, in fp16 or bf16, head size 64 or 128, a positive scale."""
     from dit_accel.kernels.token_attention.merging import State, merge_items
@@ -441,7 +459,7 @@ def token_attention(
     out = torch.empty(batch, heads, length, depth, dtype=q.dtype, device=device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
     order = compact(k_perm, k_offsets, key_valid)
-    turn, box = launch or setting(length, blocks)
+    turn, box = setting or setting_of(length, blocks)
     groups, size = grouping(blocks)
     found = boxes_of(order, length, size, box)
     padded = triton.cdiv(length, ROWS) * ROWS
@@ -456,44 +474,67 @@ def token_attention(
         state=length * (4 * depth + 8),
     )
 
-    def room(*shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
-
-    keys, values = (room(fits.heads, length, depth) for _ in range(2))
-    part, part_lse = room(fits.items * ROWS, depth), room(fits.items * ROWS, dtype=torch.float32)
+    sizes = [
+        *[fits.heads * length * depth * q.itemsize] * 2,
+        fits.items * ROWS * depth * q.itemsize,
+        fits.items * ROWS * 4,
+        length * depth * 4 if fits.runs > 1 else 0,
+        *[length * 4 if fits.runs > 1 else 0] * 2,
+    ]
+    # one piece of memory, whole while tokens are sorted
+    places = list(accumulate((-(-size // 1024) * 1024 for size in sizes), initial=0))
+    scratch = torch.empty(places[-1], dtype=torch.uint8, device=device)
+    keys, values, part, part_lse, *running = (
+        scratch[at : at + size].view(dtype)
+        for at, size, dtype in zip(
+            places, sizes, (*[q.dtype] * 3, *[torch.float32] * 4), strict=False
+        )
+    )
+    keys, values = (x.view(fits.heads, length, depth) for x in (keys, values))
+    state = State(*running) if fits.runs > 1 else None
     described = [
         TensorDescriptor.from_tensor(x.view(-1, depth), [rows, depth], shared_layout())
         for x, rows in ((keys, box), (values, box), (part, 64))
     ]
-    state = State.of(1, length, depth, device) if fits.runs > 1 else None
+    programs = _processors(device)
     for first_pair in range(0, every, fits.pairs):
         some = min(fits.pairs, every - first_pair)
-        made = lists(words, found, heads, first_pair, some, box, part)
-        for pair in range(0, some, fits.heads):
+        made = lists(words, found, heads, first_pair, some, box, scratch)
+        dealt = deal(
+            made.item, made.first, groups, some, fits.heads, fits.runs, fits.items, programs, box
+        )
+        for together, pair in enumerate(range(0, some, fits.heads)):
             these = min(fits.heads, some - pair)
-            for x, buffer in ((k, keys), (v, values)):
-                gather_rows(x, order.perm, buffer, first_pair + pair, these)
+            gather_both(k, v, order.perm, keys, values, first_pair=first_pair + pair, pairs=these)
             for run in range(fits.runs):
-                attend_kernel[(_processors(device),)](
-                    q,
-                    *described,
-                    part_lse,
-                    made.token,
-                    made.word,
-                    made.first,
-                    made.item,
-                    made.listed,
-                    *q.stride()[:3],
-                    heads,
-                    length,
-                    padded,
-                    groups,
-                    first_pair,
-                    pair,
-                    these,
-                    run,
-                    fits.items,
-                    scale,
+                launch(
+                    attend_kernel,
+                    (programs,),
+                    (
+                        q,
+                        *described,
+                        part_lse,
+                        made.token,
+                        made.word,
+                        made.first,
+                        made.item,
+                        made.listed,
+                        dealt.next,
+                        dealt.start,
+                    ),
+                    (
+                        *q.stride()[:3],
+                        heads,
+                        length,
+                        padded,
+                        groups,
+                        first_pair,
+                        pair,
+                        together * fits.runs + run,
+                        run,
+                        fits.items,
+                        scale,
+                    ),
                     BOX=box,
                     PER=turn,
                     STAGES=_KEPT // turn,
@@ -501,35 +542,29 @@ def token_attention(
                     **LAUNCH,
                 )
                 merge_items(
-                    part,
-                    part_lse,
-                    made.place[pair * groups :],
-                    made.first[pair * groups :],
-                    state,
-                    out,
-                    lse,
-                    groups,
-                    first_pair + pair,
-                    these,
-                    run,
-                )
+                    part, part_lse, made.place, made.first, state, out, lse,
+                    groups, first_pair, pair, these, run,
+                )  # fmt: skip
+        del made, dealt  # before those of the next heads are there
     return out, lse
 
 
 def _aligned(q: Tensor) -> bool:
-    """Whether rows can be copied 16 bytes at a time."""
+    """Whether rows can be copied 16 bytes at a time, and 32 bits tell those of a head apart."""
+    if q.shape[2] * q.stride(2) >= 1 << 31:
+        return False
     return q.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in q.stride()[:3])
 
 
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return min(multiprocessors(device), MOST_PROGRAMS)
 
 
 def _specimen(dtype: str, depth: int, turn: int, box: int) -> Specimen:
     bits = {size: f"tensordesc<{dtype}[{size}, {depth}],{shared_layout()!r}>" for size in (box, 64)}
     signature = {
         "q": f"*{dtype}",
-        **dict.fromkeys(("tokens", "first", "items", "listed"), "*i32"),
+        **dict.fromkeys(("tokens", "first", "items", "listed", "following", "start"), "*i32"),
         "words": "*i16",
         "part_lse": "*fp32",
         **dict.fromkeys(("keys", "values"), bits[box]),
@@ -548,6 +583,7 @@ def _specimen(dtype: str, depth: int, turn: int, box: int) -> Specimen:
 LAUNCH = {"num_warps": 4, "maxnreg": 168}
 SPECIMENS = [
     *specimens(),
+    *of_dealing(),
     _specimen("bf16", 128, 128, 64),
     _specimen("bf16", 128, 64, 32),
     _specimen("fp16", 64, 64, 16),

@@ -9,16 +9,18 @@ The host reads nothing: lists have room for every token, and what was found is c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, Compact, Tiles, remembered, tiles
 from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.token_attention.dealing import bytes_of as bytes_of_dealing
 from dit_accel.kernels.token_attention.sorting import sort
 from dit_accel.kernels.token_attention.sorting import specimens as of_sorting
 from dit_accel.kernels.word_bits import word_bit
@@ -31,9 +33,12 @@ AHEAD = 8
 ENTRY_BITS = 7
 """An entry is a box's length in so many bits, its block's bit in four more, and its start."""
 ITEM = 8
-"""Numbers of an item: unit, tile, queries, boxes that all chose, boxes, where its list is."""
+"""Numbers of an item: unit, tile, queries, boxes that all chose, boxes, where its list is; batch
+element and head."""
 _CHUNK = 128
 """Boxes that are looked at together."""
+_SUMMED = 512
+"""Units whose items are added up together."""
 _AHEAD = tl.constexpr(AHEAD)
 _ITEM = tl.constexpr(ITEM)
 _ENTRY = tl.constexpr(ENTRY_BITS)
@@ -117,6 +122,22 @@ def _pack(
     tl.store(item + 1, tile)
     tl.store(item + 2, tl.minimum(rows, BM))
     tl.store(item + 5, at)
+    tl.store(item + 6, b)
+    tl.store(item + 7, h)
+
+
+@triton.jit(do_not_specialize=["units"])
+def _firsts(count_ptr, first_ptr, units, ROWS: tl.constexpr, BT: tl.constexpr):
+    """The first item of every unit."""
+    before = 0
+    for start in range(0, units, BT):
+        unit = start + tl.arange(0, BT)
+        count = tl.load(count_ptr + unit, mask=unit < units, other=0)
+        items = (count + ROWS - 1) // ROWS
+        end = before + tl.cumsum(items, 0)
+        tl.store(first_ptr + unit, end - items, mask=unit < units)
+        before += tl.sum(items, 0)
+    tl.store(first_ptr + units, before)
 
 
 class Boxes(NamedTuple):
@@ -164,6 +185,7 @@ def bytes_of(length: int, blocks: int, box: int) -> int:
     groups, _ = grouping(blocks)
     rows = -(-length // ROWS)
     kept: int = groups * (length * 4 + rows * ROWS * 6 + rows * ITEM * 4)
+    kept += bytes_of_dealing(groups * rows)
     return kept + 4 * rows * (length // box + blocks + groups * AHEAD)
 
 
@@ -174,7 +196,7 @@ def lists(
     first_pair: int,
     pairs: int,
     box: int,
-    room_for_counts: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Lists:
     """What some heads compute.
 
@@ -185,41 +207,40 @@ def lists(
         first_pair: ``b · H + h`` of the first head.
         pairs: how many.
         box: keys of a box, at most 64.
-        room_for_counts: memory that may be written to, of any dtype, contiguous.
+        scratch: uint8, memory that may be written to.
     """
     _, _, length, blocks = words.shape
     groups, size = grouping(blocks)
     rows = triton.cdiv(length, ROWS)
     units, padded = pairs * groups, rows * ROWS
-    sorted_ = sort(words, heads, first_pair, pairs, padded, room_for_counts)
+    sorted_ = sort(words, heads, first_pair, pairs, padded, scratch)
 
     def room(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=words.word.device)
 
-    first = torch.nn.functional.pad(
-        ((sorted_.counts + ROWS - 1) // ROWS).cumsum(0, dtype=torch.int32), (1, 0)
-    )
+    first = room(units + 1)
+    launch(_firsts, (1,), (sorted_.counts, first), (units,), ROWS=ROWS, BT=_SUMMED, num_warps=4)
     item = room(units * rows, ITEM)
     total = found.tiles.span.shape[-1]
     listed = room(pairs * rows * (total + groups * AHEAD))
-    _pack[(rows, units)](
-        sorted_.word,
-        sorted_.counts,
-        first,
-        found.tiles.block,
-        found.tiles.span,
-        found.start,
-        item,
-        listed,
-        heads,
-        padded,
-        groups,
-        size,
-        first_pair,
-        rows,
-        total,
-        *lead_strides(found.tiles.span),
-        *lead_strides(found.start),
+    launch(
+        _pack,
+        (rows, units),
+        (
+            sorted_.word,
+            sorted_.counts,
+            first,
+            found.tiles.block,
+            found.tiles.span,
+            found.start,
+            item,
+            listed,
+        ),
+        (
+            *(heads, padded, groups, size, first_pair, rows, total),
+            *lead_strides(found.tiles.span),
+            *lead_strides(found.start),
+        ),
         BOX=box,
         BM=ROWS,
         CHUNK=_CHUNK,
@@ -230,8 +251,22 @@ def lists(
 
 def specimens() -> list[Specimen]:
     """The kernels as they are launched."""
-    constants = {"BOX": 16, "BM": ROWS, "CHUNK": _CHUNK}
     names = ("count", "first", "block", "span", "start", "item", "list")
     types = {"sorted_ptr": "*i16", **{f"{name}_ptr": "*i32" for name in names}}
-    signature = typed(_pack, constants, **types)
-    return [*of_sorting(), Specimen("_pack", _pack, signature, constants, {"num_warps": 4})]
+    launches: list[tuple[Any, dict[str, Any]]] = [
+        (_pack, {"BOX": 16, "BM": ROWS, "CHUNK": _CHUNK}),
+        (_firsts, {"ROWS": ROWS, "BT": _SUMMED}),
+    ]
+    return [
+        *of_sorting(),
+        *(
+            Specimen(
+                kernel.__name__,
+                kernel,
+                typed(kernel, constants, **types),
+                constants,
+                {"num_warps": 4},
+            )
+            for kernel, constants in launches
+        ),
+    ]

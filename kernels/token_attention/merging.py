@@ -13,33 +13,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.specimen import Specimen, typed
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ITEM_ROWS = tl.constexpr(128)
 """Tokens of an item."""
-_GROUPS = 16
+_GROUPS = 32
 """Normalisers of a token that are read at once."""
 _MERGED = 4
 """Partials of a token that are read at once."""
-_TOKENS = 32
+_TOKENS = 16
 """Tokens of a program."""
 
 
 @triton.jit
-def _rows_of(first_ptr, pair, group, groups, rows, run, BY_ITEM: tl.constexpr):
+def _rows_of(first_ptr, pair, group, groups, held, rows, run, BY_ITEM: tl.constexpr):
     """Where the partials of a head's group begin."""
-    unit = pair * groups + group
+    unit = (held + pair) * groups + group
     if BY_ITEM:
         known = group < groups
-        begin = tl.load(first_ptr + unit, mask=known, other=0) - tl.load(first_ptr)
+        begin = tl.load(first_ptr + unit, mask=known, other=0) - tl.load(first_ptr + held * groups)
         start = begin.to(tl.int64) * ITEM_ROWS - run.to(tl.int64) * rows
     else:
         start = unit.to(tl.int64) * rows
     return unit, start
 
 
-@triton.jit(do_not_specialize=["length", "rows", "groups", "first_pair", "run", "first", "last"])
+@triton.jit(
+    do_not_specialize=["length", "rows", "groups", "first_pair", "held", "run", "first", "last"]
+)
 def merge_kernel(
     part_ptr,
     part_lse_ptr,
@@ -54,6 +57,7 @@ def merge_kernel(
     rows,
     groups,
     first_pair,
+    held,
     run,
     first,
     last,
@@ -66,7 +70,8 @@ def merge_kernel(
     pair = tl.program_id(1).to(tl.int64)
     if BY_ITEM:
         # more than one run only where it is one head
-        items = tl.load(first_ptr + tl.num_programs(1) * groups) - tl.load(first_ptr)
+        items = tl.load(first_ptr + (held + tl.num_programs(1)) * groups)
+        items -= tl.load(first_ptr + held * groups)
         ends = items.to(tl.int64) * ITEM_ROWS
         done = run.to(tl.int64) * rows
         if (done >= ends) & (run > 0):
@@ -83,7 +88,7 @@ def merge_kernel(
     before = peak
     for start in range(0, groups, BG):
         group = start + tl.arange(0, BG)
-        unit, begin = _rows_of(first_ptr, pair, group, groups, rows, run, BY_ITEM)
+        unit, begin = _rows_of(first_ptr, pair, group, groups, held, rows, run, BY_ITEM)
         here = inside[:, None] & (group < groups)[None, :]
         place = tl.load(place_ptr + unit[None, :] * length + token[:, None], mask=here, other=-1)
         where = begin[None, :] + place
@@ -99,22 +104,30 @@ def merge_kernel(
     acc = tl.load(acc_ptr + kept[:, None] * D + depth[None, :], mask=goes_on[:, None], other=0.0)
     acc *= tl.exp2(before - base)[:, None]
     for start in range(0, groups, AT_ONCE):
+        # all of them are on their way before the first is waited for
+        rows_of = ()
         for i in tl.static_range(AT_ONCE):
             group = tl.full([1], start + i, tl.int32)
-            unit, begin = _rows_of(first_ptr, pair, group, groups, rows, run, BY_ITEM)
+            unit, begin = _rows_of(first_ptr, pair, group, groups, held, rows, run, BY_ITEM)
             here = inside & (group < groups)
             place = tl.load(place_ptr + unit * length + token, mask=here, other=-1)
-            where = begin + place
-            has = place >= 0
+            where = tl.where(place >= 0, begin + place, -1)
+            rows_of = rows_of + (where,)  # type: ignore[assignment]  # noqa: RUF005
+        logs, parts = (), ()
+        for i in tl.static_range(AT_ONCE):
+            where = rows_of[i]
+            has = where >= 0
             if BY_ITEM:
-                has = has & (where >= 0) & (where < rows)
+                has = has & (where < rows)
             lse = tl.load(part_lse_ptr + where, mask=has, other=float("-inf"))
-            part = tl.load(
-                part_ptr + where[:, None] * D + depth[None, :], mask=has[:, None], other=0.0
-            )
-            acc += part.to(tl.float32) * tl.exp2(lse - base)[:, None]
+            row = part_ptr + where[:, None] * D + depth[None, :]
+            part = tl.load(row, mask=has[:, None], other=0.0)
+            logs = logs + (lse,)  # type: ignore[assignment]  # noqa: RUF005
+            parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+        for i in tl.static_range(AT_ONCE):
+            acc += parts[i].to(tl.float32) * tl.exp2(logs[i] - base)[:, None]
     if last:
-        where = (first_pair + pair) * length + token
+        where = (first_pair + held + pair) * length + token
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(
             out_ptr + where[:, None] * D + depth[None, :],
@@ -172,7 +185,7 @@ def merge_parts(
         first, last: whether no groups came before, and none come after.
     """
     _launch(
-        part, part_lse, place, place, state, out, lse, part.shape[1], groups, first_pair, pairs,
+        part, part_lse, place, place, state, out, lse, part.shape[1], groups, first_pair, 0, pairs,
         0, int(first), int(last), by_item=False,
     )  # fmt: skip
 
@@ -187,6 +200,7 @@ def merge_items(
     lse: Tensor,
     groups: int,
     first_pair: int,
+    held: int,
     pairs: int,
     run: int,
 ) -> None:
@@ -202,13 +216,14 @@ def merge_items(
         state: of one head; ``None`` where there is one run.
         out, lse: ``[B, H, L, D]`` and ``[B, H, L]``.
         groups: of a head, ``U = P · groups``.
-        first_pair: ``b · H + h`` of the first head.
+        first_pair: ``b · H + h`` of the first head that there are lists of.
+        held: which of these is the first one here.
         pairs: how many.
         run: which of the runs.
     """
     _launch(
-        part, part_lse, place, first, state, out, lse, part.shape[0], groups, first_pair, pairs,
-        run, 0, 0, by_item=True,
+        part, part_lse, place, first, state, out, lse, part_lse.shape[0], groups, first_pair, held,
+        pairs, run, 0, 0, by_item=True,
     )  # fmt: skip
 
 
@@ -223,6 +238,7 @@ def _launch(
     rows: int,
     groups: int,
     first_pair: int,
+    held: int,
     pairs: int,
     run: int,
     starts: int,
@@ -231,21 +247,11 @@ def _launch(
     by_item: bool,
 ) -> None:
     length, depth = out.shape[2:]
-    merge_kernel[(triton.cdiv(length, _TOKENS), pairs)](
-        part,
-        part_lse,
-        place,
-        first,
-        *((lse, lse, lse) if state is None else state),
-        out,
-        lse,
-        length,
-        rows,
-        groups,
-        first_pair,
-        run,
-        starts,
-        ends,
+    launch(
+        merge_kernel,
+        (triton.cdiv(length, _TOKENS), pairs),
+        (part, part_lse, place, first, *((lse, lse, lse) if state is None else state), out, lse),
+        (length, rows, groups, first_pair, held, run, starts, ends),
         D=depth,
         BT=_TOKENS,
         BG=_GROUPS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_LISTS = 0.4
+_LISTS = 0.2
 """Of what may be kept, the share that lists may take."""
 
 

@@ -237,16 +237,16 @@ def token_attention(
     batch, heads, length, depth = q.shape
     blocks = select.shape[3]
     device = q.device
-    out = torch.empty(batch, heads, length, depth, dtype=q.dtype, device=device)
-    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
-    if out.numel() == 0:
-        return out, lse
+    if q.numel() == 0:
+        return q.new_empty(q.shape), torch.empty(q.shape[:3], dtype=torch.float32, device=device)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     words = select if isinstance(select, Words) else pack(select)
     if setting is None and _takes_hopper(q, scale):
         from dit_accel.kernels.token_attention import hopper
 
         return hopper.token_attention(q, k, v, words, k_perm, k_offsets, key_valid, scale)
+    out = torch.empty(batch, heads, length, depth, dtype=q.dtype, device=device)
+    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=device)
     tokens, bounds = compact(k_perm, k_offsets, key_valid)
 
     size = (setting or {}).get("G") or group_size(length, blocks)

@@ -12,6 +12,41 @@ from torch import Tensor
 from dit_accel.kernels.token_select.gates import TOP
 
 
+@triton.jit(do_not_specialize=["size"])
+def split_kernel(x_ptr, mean_ptr, fine_ptr, size, BT: tl.constexpr):
+    """Numbers in fp32 as two of fewer bits: what they round to, and what is left."""
+    where = tl.program_id(0) * BT + tl.arange(0, BT)
+    x = tl.load(x_ptr + where, mask=where < size, other=0.0)
+    mean = x.to(mean_ptr.dtype.element_ty)
+    tl.store(mean_ptr + where, mean, mask=where < size)
+    fine = (x - mean.to(tl.float32)).to(fine_ptr.dtype.element_ty)
+    tl.store(fine_ptr + where, fine, mask=where < size)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def scale_kernel(low_ptr, high_ptr, done_ptr, scale_ptr, least_ptr, tiles, margin,
+                 BT: tl.constexpr):  # fmt: skip
+    """What a gate of 0 is and what a gate is multiplied by, from the ends of all tiles; and which
+    number the least one is. ``margin`` is left on both sides, as a share of the range."""
+    pair = tl.program_id(0).to(tl.int64)
+    if tl.load(done_ptr + pair) != 0:
+        return
+    low = tl.full([BT], float("inf"), tl.float32)
+    high = tl.full([BT], float("-inf"), tl.float32)
+    for first in range(0, tiles, BT):
+        tile = first + tl.arange(0, BT)
+        where = pair * tiles + tile
+        low = tl.minimum(low, tl.load(low_ptr + where, mask=tile < tiles, other=float("inf")))
+        high = tl.maximum(high, tl.load(high_ptr + where, mask=tile < tiles, other=float("-inf")))
+    low, span = tl.min(low, 0), tl.max(high, 0) - tl.min(low, 0)
+    some = span > 0
+    scale = tl.where(some, TOP / (tl.where(some, span, 1.0) * (1 + 2 * margin)), 0.0)
+    tl.store(scale_ptr + 2 * pair, tl.where(some, low - margin * span, 0.0))
+    tl.store(scale_ptr + 2 * pair + 1, scale)
+    least = tl.where(some, margin * span * scale + 0.5, 0.0)
+    tl.store(least_ptr + pair, least.to(tl.int64))
+
+
 @triton.jit
 def summed_kernel(count_ptr, base_ptr, done_ptr, sum_ptr, CHUNK: tl.constexpr):
     """Sums of consecutive values, each as often as it was counted, and how many they are."""
@@ -47,11 +82,12 @@ def _boundary(sums, lane, have, wanted, N: tl.constexpr):
     return number, tl.where(number < N, before, have)
 
 
-@triton.jit(do_not_specialize=["tiles", "shift"])
-def digit_kernel(sum_ptr, share_ptr, done_ptr, base_ptr, have_ptr, wanted_ptr, tiles, shift,
+@triton.jit(do_not_specialize=["tiles", "shift", "ahead"])
+def digit_kernel(sum_ptr, share_ptr, done_ptr, base_ptr, have_ptr, wanted_ptr, tiles, shift, ahead,
            COUNT: tl.constexpr, FIRST: tl.constexpr, BINS: tl.constexpr,
            BT: tl.constexpr):  # fmt: skip
-    """The next digit of the cut, from the sums of all tiles."""
+    """The next digit of the cut, from the sums of all tiles; and how far values go on from there
+    before those that are counted begin."""
     pair = tl.program_id(0).to(tl.int64)
     if tl.load(done_ptr + pair) != 0:
         return
@@ -72,7 +108,7 @@ def digit_kernel(sum_ptr, share_ptr, done_ptr, base_ptr, have_ptr, wanted_ptr, t
     base = digit.to(tl.int64) << shift
     if not FIRST:
         base += tl.load(base_ptr + pair)
-    tl.store(base_ptr + pair, base)
+    tl.store(base_ptr + pair, tl.maximum(base + ahead, 0))
     tl.store(have_ptr + pair, have)
 
 
@@ -109,7 +145,7 @@ def cut_kernel(
         count = tl.sum(tl.where(lane == 3, found, 0), 0)
         have = tl.sum(tl.where((lane == 1) | (lane == 2), found, 0), 0)
         have_count = tl.sum(tl.where((lane == 4) | (lane == 5), found, 0), 0)
-        if (least == 0) | (most == TOP):
+        if (least <= 0) | (most >= TOP):
             return
         have = have_count if COUNT else have - least * have_count
         wanted = _wanted(count if COUNT else every - least * count, share_ptr, COUNT)
@@ -144,24 +180,33 @@ def cut_kernel(
 
 
 class State(NamedTuple):
-    """What is known of the cut, by head ``[P]``; ``share`` and ``zero`` stay as they are."""
+    """What is known of the cut, by head ``[P]`` or longer; ``share`` and ``zero`` stay."""
 
     base: Tensor  # int64, where the values begin that are looked at
     have: Tensor  # int64, of what is above them and of own blocks
-    wanted: Tensor  # fp64
     cut: Tensor  # int64
     needed: Tensor  # int64
     zero: Tensor  # int64
     least: Tensor  # int64, the number of the least gate that was looked at
+    scale: Tensor  # fp32, the gate that is 0, and what gates are multiplied by
     done: Tensor  # int32
+    wanted: Tensor  # fp64
     share: Tensor  # fp64 [1], the threshold
+    around: Tensor  # int32, how many gates there are of each value around a guess
+    tail: Tensor  # int32, of each value after the first digits
 
     @classmethod
-    def of(cls, pairs: int, threshold: float, device: torch.device) -> State:
-        base, have, cut, needed, zero, least = torch.zeros(
-            6, pairs, dtype=torch.int64, device=device
-        )
+    def of(
+        cls, pairs: int, threshold: float, around: int, tail: int, device: torch.device
+    ) -> State:
+        """All zero, with ``2 ** around`` and ``2 ** tail`` values for each head."""
+        # cleared together, which is one launch, and each where 16 bytes begin
+        some = -(-pairs // 4) * 4
+        sizes = (*(2 * some,) * 7, some, pairs << around, pairs << tail)
+        parts = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+        base, have, cut, needed, zero, least = (part.view(torch.int64) for part in parts[:6])
+        scale, done = parts[6].view(torch.float32).view(-1, 2), parts[7]
         wanted = torch.empty(pairs, dtype=torch.float64, device=device)
-        done = torch.zeros(pairs, dtype=torch.int32, device=device)
         share = torch.full((1,), threshold, dtype=torch.float64, device=device)
-        return cls(base, have, wanted, cut, needed, zero, least, done, share)
+        known = base, have, cut, needed, zero, least
+        return cls(*known, scale, done, wanted, share, parts[8], parts[9])

@@ -19,11 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.specimen import Specimen, typed
 from dit_accel.kernels.token_select.choose import select_kernel, settle_kernel
-from dit_accel.kernels.token_select.cut import State, cut_kernel, digit_kernel, summed_kernel
-from dit_accel.kernels.token_select.gates import BITS, TOP, gates, tokens
+from dit_accel.kernels.token_select.cut import (
+    State,
+    cut_kernel,
+    digit_kernel,
+    scale_kernel,
+    split_kernel,
+    summed_kernel,
+)
+from dit_accel.kernels.token_select.gates import BITS, TOP, gates, own_range, tokens, values
 from dit_accel.kernels.words import Words, grouping
 
 _BINS = 16
@@ -33,6 +41,10 @@ _AROUND = 18
 """Bits of the values that are counted around the guess."""
 _CHUNK = 4096
 """Values whose counts are summed by one program."""
+_IN_NO_ORDER = tl.constexpr(triton.__version__.startswith(("3.6.", "3.7.", "3.8.")))
+"""Whether Triton can be told that the order of numbers is all the same; later releases warn."""
+_SPLIT = 1024
+"""Numbers that one program splits."""
 _SAMPLES = ((17, 1 << 14), (5, 1 << 12), (1, 0))
 """Every which token the guess looks at, from how many tokens on."""
 _MARGIN = 0.25
@@ -85,7 +97,7 @@ def _digits(
         return
     b, h = pair // heads, pair % heads
     token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, step, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1).to(tl.int32)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
@@ -114,6 +126,14 @@ def _digits(
     tl.store(sum_ptr + where * 2 * BINS + lane, tl.sum(sums, 0))
 
 
+@triton.jit
+def _tally(count_ptr, value, BM: tl.constexpr, BN: tl.constexpr):
+    """Count values that are not negative."""
+    # in no order, so that nothing has to change hands between threads
+    value = tl.reshape(value, [BM * BN], can_reorder=_IN_NO_ORDER)
+    tl.atomic_add(count_ptr + value, 1, mask=value >= 0, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
 def _tails(
     q_ptr, mean_ptr, fine_ptr, full_ptr, own_ptr, scale_ptr, base_ptr, done_ptr, count_ptr,
@@ -127,7 +147,7 @@ def _tails(
         return
     b, h = pair // heads, pair % heads
     token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1).to(tl.int32)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
@@ -141,7 +161,7 @@ def _tails(
         )
         some = there[:, None] & full[None, :] & (column[None, :] != own[:, None])
         some = some & (number >= base) & (number - base < 1 << TAIL)
-        tl.atomic_add(count_ptr + (number - base), 1, mask=some, sem="relaxed")
+        _tally(count_ptr, tl.where(some, number - base, -1), BM, BN)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "blocks", "columns", "start", "stop"])
@@ -160,7 +180,7 @@ def _around(
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
     token, there, query = tokens(q_ptr + b * q_b + h * q_h, q_l, start, stop, length, 1, D, BM)
-    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1)
+    own = tl.load(own_ptr + b * own_b + h * own_h + token, mask=there, other=-1).to(tl.int32)
     mean_ptr += pair * blocks * D
     fine_ptr += pair * blocks * D
     full_ptr += b * full_b + h * full_h
@@ -172,25 +192,40 @@ def _around(
     above, above_count = tl.zeros([BM], tl.int64), tl.zeros([BM], tl.int32)
     least = tl.full([BM], TOP + 1, tl.int32)
     most = tl.full([BM], -1, tl.int32)
+    lowest, highest = own_range(there, own, full_ptr, columns)
     for first in range(0, columns, BN):
         column = first + tl.arange(0, BN)
-        _gate, number, full = gates(
-            query, mean_ptr, fine_ptr, full_ptr, column, column < columns, low, scale, D, SPLIT
-        )
-        mine = column[None, :] == own[:, None]
-        some = full[None, :] & there[:, None]
-        least = tl.minimum(least, tl.min(tl.where(some, number, TOP + 1), 1))
-        most = tl.maximum(most, tl.max(tl.where(some, number, -1), 1))
+        known = column < columns
+        _gate, value = values(query, mean_ptr, fine_ptr, column, known, low, scale, D, SPLIT)
+        # what lies beyond the ends is found by the least and the most
+        number = value.to(tl.int32)
         beyond = number - base
-        every += tl.sum(tl.where(some, number, 0), 1).to(tl.int64)
-        columns_full += tl.sum((full & (column < columns)).to(tl.int32), 0)
-        have = tl.maximum(have, tl.max(tl.where(some & mine, number, -1), 1))
-        some = some & (mine == 0)
-        far = some & (beyond >= 1 << BITS)
-        above += tl.sum(tl.where(far, number, 0), 1).to(tl.int64)
-        above_count += tl.sum(far.to(tl.int32), 1)
-        inside = some & (beyond >= 0) & (beyond < 1 << BITS)
-        tl.atomic_add(count_ptr + beyond, 1, mask=inside, sem="relaxed")
+        if (first + BN <= columns) & ((highest < first) | (lowest >= first + BN)):
+            least = tl.minimum(least, tl.min(number, 1))
+            most = tl.maximum(most, tl.max(number, 1))
+            every += tl.sum(number, 1).to(tl.int64)
+            columns_full += BN
+            over = tl.maximum(beyond - ((1 << BITS) - 1), 0)
+            many = tl.sum(tl.minimum(over, 1), 1)
+            above_count += many
+            above += tl.sum(over, 1).to(tl.int64) + many.to(tl.int64) * (base + (1 << BITS) - 1)
+            counted = (beyond >= 0) & (beyond < 1 << BITS)
+            _tally(count_ptr, tl.where(counted, beyond, -1), BM, BN)
+        else:
+            mine = column[None, :] == own[:, None]
+            full = tl.load(full_ptr + column, mask=known, other=0) != 0
+            some = full[None, :] & there[:, None]
+            least = tl.minimum(least, tl.min(tl.where(some, number, TOP + 1), 1))
+            most = tl.maximum(most, tl.max(tl.where(some, number, -1), 1))
+            every += tl.sum(tl.where(some, number, 0), 1).to(tl.int64)
+            columns_full += tl.sum(full.to(tl.int32), 0)
+            have = tl.maximum(have, tl.max(tl.where(some & mine, number, -1), 1))
+            some = some & (mine == 0)
+            far = some & (beyond >= 1 << BITS)
+            above += tl.sum(tl.where(far, number, 0), 1).to(tl.int64)
+            above_count += tl.sum(far.to(tl.int32), 1)
+            counted = some & (beyond >= 0) & (beyond < 1 << BITS)
+            _tally(count_ptr, tl.where(counted, beyond, -1), BM, BN)
     at = sum_ptr + (pair * tl.num_programs(0) + tl.program_id(0)) * 8
     tl.store(at, tl.sum(every, 0))
     tl.store(at + 1, tl.sum(tl.maximum(have, 0).to(tl.int64), 0))
@@ -224,13 +259,22 @@ def token_select(
         return Words.full((batch, heads, length, k_mean.shape[2]), q.device)
     q = q if q.stride(3) == 1 else q.contiguous()
     split = q.dtype != torch.float32
-    mean = k_mean.contiguous().to(q.dtype)
-    fine = (k_mean - mean.float()).to(q.dtype) if split else mean
-    fine, full, own = fine.contiguous(), full.contiguous(), own.contiguous()
+    mean = fine = k_mean.contiguous()
+    if split:
+        mean, fine = (torch.empty_like(k_mean, dtype=q.dtype) for _ in range(2))
+        size = k_mean.numel()
+        launch(
+            split_kernel,
+            (triton.cdiv(size, _SPLIT),),
+            (k_mean.contiguous(), mean, fine),
+            (size,),
+            BT=_SPLIT,
+            num_warps=4,
+        )
+    full, own = full.contiguous(), own.contiguous()
     passes = _Gates(q, mean, fine, own, full, num_video, text_span, split)
     count = mode == "topk"
-    base, needed = passes.cut(threshold, count)
-    return passes.selected(base, needed)
+    return passes.selected(passes.cut(threshold, count))
 
 
 class _Gates:
@@ -256,13 +300,9 @@ class _Gates:
         start, stop = text_span if text_span[1] > text_span[0] else (self.length, self.length)
         sizes = (self.heads, self.length, self.blocks, num_video, start, stop)
         strides = (*q.stride()[:3], *lead_strides(full))
-        self.own, self.scale = own, torch.zeros(self.pairs, 2, device=self.device)
+        self.own = own
         self.range_of = (*strides, *sizes)
         self.where = (*strides, *lead_strides(own), *sizes)
-
-    @property
-    def kept(self) -> tuple[Tensor, Tensor]:
-        return self.own, self.scale
 
     def _range(self, state: State, step: int, margin: float) -> None:
         """What gates of 0 and of the largest number are, and which number the least one is.
@@ -273,25 +313,34 @@ class _Gates:
             margin: what is left on both sides, as a share of the range that was found.
         """
         tiles = triton.cdiv(triton.cdiv(self.length, step), self.tile[0])
-        ends = self.room(2, self.pairs, tiles, dtype=torch.float32)
-        self.launch(_range, state.done, ends[0], ends[1], *self.range_of, step, step=step)
-        low, high = ends[0].amin(-1), ends[1].amax(-1)
-        span = high - low
-        scale = torch.where(span > 0, TOP.value / (span * (1 + 2 * margin)), 0.0)
-        low = torch.where(span > 0, low - margin * span, 0.0)
-        found, done = torch.stack([low, scale], -1), state.done != 0
-        self.scale = torch.where(done[:, None], self.scale, found)
-        least = (margin * span * scale + 0.5).nan_to_num(0.0, 0.0, 0.0)
-        state.least.copy_(torch.where(done, state.least, least.long()))
+        low, high = self.room(2, self.pairs, tiles, dtype=torch.float32)
+        self.launch(_range, (state.done, low, high), (*self.range_of, step), step=step)
+        launch(
+            scale_kernel,
+            (self.pairs,),
+            (low, high, state.done, state.scale, state.least),
+            (tiles, margin),
+            BT=128,
+            num_warps=4,
+        )
 
     def room(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)
 
-    def launch(self, kernel: Any, *rest: Any, step: int = 1, **constants: Any) -> None:
+    def launch(
+        self,
+        kernel: Any,
+        pointers: tuple[Tensor, ...],
+        sizes: tuple[int, ...],
+        step: int = 1,
+        **constants: Any,
+    ) -> None:
         tiles = triton.cdiv(triton.cdiv(self.length, step), self.tile[0])
-        kernel[(tiles, self.pairs)](
-            *self.operands,
-            *rest,
+        launch(
+            kernel,
+            (tiles, self.pairs),
+            (*self.operands, *pointers),
+            sizes,
             D=self.depth,
             BM=self.tile[0],
             BN=32 if kernel in _NARROW else self.tile[1],
@@ -300,51 +349,41 @@ class _Gates:
             **constants,
         )
 
-    def cut(self, threshold: float, count: bool) -> tuple[Tensor, Tensor]:
-        """The smallest gate that is selected, and how many of its equals: int64 ``[P]``."""
-        state = State.of(self.pairs, threshold, self.device)
+    def cut(self, threshold: float, count: bool) -> State:
+        """The smallest gate that is selected, and how many of its equals."""
+        state = State.of(self.pairs, threshold, _AROUND, _TAIL, self.device)
         # about where the cut is, to 8 bits, and what is counted around there
         step = next(step for step, least in _SAMPLES if self.length >= least)
         self._range(state, step, _MARGIN)
-        self._digits(state, count, step)
-        state.base.add_((1 << (BITS - 9)) - (1 << (_AROUND - 1))).clamp_(min=0)
+        self._digits(state, count, step, (1 << (BITS - 9)) - (1 << (_AROUND - 1)))
         sums = self.room(self.pairs, self.tiles, 8, dtype=torch.int64)
-        self._last(state, count, _around, sums, _AROUND)
+        self._last(state, count, _around, sums)
         # where the guess was wrong
         self._range(state, 1, 0.0)
-        self._digits(state, count, 1)
-        self._last(state, count, _tails, sums, _TAIL)
-        return state.cut, state.needed
+        self._digits(state, count, 1, 0)
+        self._last(state, count, _tails, sums)
+        return state
 
-    def _digits(self, state: State, count: bool, step: int) -> None:
+    def _digits(self, state: State, count: bool, step: int, ahead: int) -> None:
         """Of every ``step``-th token: 8 bits of the cut, what is above, what is wanted."""
         tiles = triton.cdiv(triton.cdiv(self.length, step), self.tile[0])
         sums = self.room(self.pairs, tiles, 2 * _BINS, dtype=torch.int64)
         for shift in (BITS - 4, BITS - 8):
             first = shift == BITS - 4
+            base = state.zero if first else state.base
             self.launch(
                 _digits,
-                *self.kept,
-                state.least,
-                state.zero if first else state.base,
-                state.done,
-                sums,
-                *self.where,
-                shift,
-                step,
+                (self.own, state.scale, state.least, base, state.done, sums),
+                (*self.where, shift, step),
                 step=step,
                 COUNT=count,
                 BINS=_BINS,
             )
-            digit_kernel[(self.pairs,)](
-                sums,
-                state.share,
-                state.done,
-                state.base,
-                state.have,
-                state.wanted,
-                tiles,
-                shift,
+            launch(
+                digit_kernel,
+                (self.pairs,),
+                (sums, state.share, state.done, state.base, state.have, state.wanted),
+                (tiles, shift, 0 if first else ahead),
                 COUNT=count,
                 FIRST=first,
                 BINS=_BINS,
@@ -352,34 +391,33 @@ class _Gates:
                 num_warps=4,
             )
 
-    def _last(self, state: State, count: bool, kernel: Any, sums: Tensor, bits: int) -> None:
-        """Count ``2 ** bits`` values from the base on, and find the cut among them."""
+    def _last(self, state: State, count: bool, kernel: Any, sums: Tensor) -> None:
+        """Count the values from the base on, and find the cut among them."""
         guessed = kernel is _around
+        counts, bits = (state.around, _AROUND) if guessed else (state.tail, _TAIL)
         parts = (1 << bits) // _CHUNK
-        counts = torch.zeros(self.pairs, 1 << bits, dtype=torch.int32, device=self.device)
         if guessed:
-            self.launch(
-                _around, *self.kept, state.base, sums, counts, *self.where, COUNT=count, BITS=bits
-            )
+            pointers = (self.own, state.scale, state.base, sums, counts)
+            self.launch(_around, pointers, self.where, COUNT=count, BITS=bits)
         else:
-            self.launch(_tails, *self.kept, state.base, state.done, counts, *self.where, TAIL=bits)
+            pointers = (self.own, state.scale, state.base, state.done, counts)
+            self.launch(_tails, pointers, self.where, TAIL=bits)
         summed = self.room(self.pairs, parts, 2, dtype=torch.int64)
-        summed_kernel[(parts, self.pairs)](
-            counts, state.base, state.done, summed, CHUNK=_CHUNK, num_warps=4
+        launch(
+            summed_kernel,
+            (parts, self.pairs),
+            (counts, state.base, state.done, summed),
+            CHUNK=_CHUNK,
+            num_warps=4,
         )
-        cut_kernel[(self.pairs,)](
-            counts,
-            summed,
-            state.base,
-            sums,
-            state.share,
-            state.have,
-            state.wanted,
-            state.done,
-            state.cut,
-            state.needed,
-            self.tiles,
-            self.length * self.blocks,
+        launch(
+            cut_kernel,
+            (self.pairs,),
+            (
+                *(counts, summed, state.base, sums, state.share, state.have, state.wanted),
+                *(state.done, state.cut, state.needed),
+            ),
+            (self.tiles, self.length * self.blocks),
             COUNT=count,
             GUESSED=guessed,
             PARTS=parts,
@@ -388,15 +426,15 @@ class _Gates:
             num_warps=4,
         )
 
-    def selected(self, base: Tensor, needed: Tensor) -> Words:
+    def selected(self, state: State) -> Words:
         """What is above the cut, and of its equals the first."""
         ties = self.room(self.pairs, self.tiles, dtype=torch.int32)
         groups, size = grouping(self.blocks)
         word = self.room(self.batch, self.heads, groups, self.length, dtype=torch.int16)
         sizes = (*self.where, groups, size)
-        self.launch(select_kernel, *self.kept, base, ties, word, *sizes)
-        before = ties.cumsum(-1, dtype=torch.int64) - ties
-        self.launch(settle_kernel, *self.kept, base, ties, before, needed, word, *sizes)
+        about = (self.own, state.scale, state.cut, ties)
+        self.launch(select_kernel, (*about, word), sizes)
+        self.launch(settle_kernel, (*about, state.needed, word), sizes)
         return Words(word, self.blocks)
 
 
@@ -404,10 +442,9 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
     data = f"*{dtype}"
     types = {
         **dict.fromkeys(("q_ptr", "mean_ptr", "fine_ptr"), data),
-        **dict.fromkeys(("low_ptr", "high_ptr", "scale_ptr"), "*fp32"),
-        **dict.fromkeys(
-            ("own_ptr", "base_ptr", "sum_ptr", "least_ptr", "before_ptr", "room_ptr"), "*i64"
-        ),
+        **dict.fromkeys(("low_ptr", "high_ptr", "scale_ptr", "x_ptr"), "*fp32"),
+        "margin": "fp32",
+        **dict.fromkeys(("own_ptr", "base_ptr", "sum_ptr", "least_ptr", "room_ptr"), "*i64"),
         **dict.fromkeys(("have_ptr", "cut_ptr", "needed_ptr", "summed_ptr"), "*i64"),
         **dict.fromkeys(("wanted_ptr", "share_ptr"), "*fp64"),
         **dict.fromkeys(("count_ptr", "tie_ptr", "done_ptr"), "*i32"),
@@ -416,7 +453,9 @@ def _specimens(depth: int, dtype: str) -> list[Specimen]:
     }
     tile: dict[str, Any] = {"D": depth, "BM": 128, "BN": 64, "SPLIT": True}
     kernels: list[tuple[Any, dict[str, Any]]] = [
+        (split_kernel, {"BT": _SPLIT}),
         (_range, tile),
+        (scale_kernel, {"BT": 128}),
         (_digits, tile | {"BN": 32, "COUNT": False, "BINS": _BINS}),
         (_around, tile | {"BN": 32, "COUNT": False, "BITS": _AROUND}),
         (summed_kernel, {"CHUNK": _CHUNK}),

@@ -134,6 +134,10 @@ def test_how_much_a_call_launches(method, kernels, others):
     assert sum(found["others"].values()) <= others, found
 
 
+def test_how_much_vmoba_launches():
+    test_how_much_a_call_launches("vmoba", 54, 7)
+
+
 def test_what_takes_the_place_of_triton_s_launch_is_used(monkeypatch):
     """Such as what compiles kernels and does not launch them."""
     ran = []

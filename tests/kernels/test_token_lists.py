@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 lists = pytest.importorskip("dit_accel.kernels.token_attention.lists")
 sorting = pytest.importorskip("dit_accel.kernels.token_attention.sorting")
 merging = pytest.importorskip("dit_accel.kernels.token_attention.merging")
+dealing = pytest.importorskip("dit_accel.kernels.token_attention.dealing")
 runs = pytest.importorskip("dit_accel.kernels.token_attention.runs")
 LENGTH, BLOCKS, HEADS, BOX = 150, 21, 2, 16
 
@@ -37,14 +38,16 @@ def problem():
     return select, compact(perm, offsets, valid)
 
 
-@pytest.mark.parametrize(("programs", "scratch"), [(1, None), (12, torch.ones(2**19))])
-def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch, programs, scratch):
-    monkeypatch.setattr(sorting, "_SORTED", 16)
+@pytest.mark.parametrize(
+    ("rows", "scratch"), [(2, None), (32, torch.ones(2**19, dtype=torch.uint8))]
+)
+def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch, rows, scratch):
+    monkeypatch.setattr(sorting, "_ROWS", rows)
+    monkeypatch.setattr(sorting, "_TILES", 8)
     select, order = problem()
     groups, size = grouping(BLOCKS)
     assert (groups, size) == (2, 11)
     found = lists.boxes_of(order, LENGTH, size, BOX)
-    monkeypatch.setattr(sorting, "_PROGRAMS", programs)
     words = sorting.pack(select)
     assert torch.equal(words.word, Words.of(select).word)
     made = lists.lists(words, found, HEADS, 1, 2, BOX, scratch)
@@ -80,6 +83,7 @@ def test_tiles_of_alike_tokens_and_their_boxes(monkeypatch, programs, scratch):
             item = made.item[first + tile, :6].tolist()
             every = len(of_all) + len(of_some)
             assert item[:5] == [unit, tile, len(rows), len(of_all), every]
+            assert made.item[first + tile, 6:].tolist() == [b, h]
             wanted = of_all + of_some + [0] * lists.AHEAD
             assert made.listed[item[5] :][: len(wanted)].tolist() == wanted
             seen += bool(of_all) + bool(of_some)
@@ -109,9 +113,8 @@ def test_partials_are_merged_run_by_run(capacity):
             held, held_lse = torch.full((rows, 16), torch.nan), torch.full((rows,), torch.nan)
             held[: max(0, end - begin)] = part[begin:end]
             held_lse[: max(0, end - begin)] = part_lse[begin:end]
-            places = made.place[pair * groups :]
             merging.merge_items(
-                held, held_lse, places, first, state, out, lse, groups, 1 + pair, 1, run
+                held, held_lse, made.place, made.first, state, out, lse, groups, 1, pair, 1, run
             )
         b, h = divmod(1 + pair, HEADS)
         for token in range(LENGTH):
@@ -127,6 +130,44 @@ def test_partials_are_merged_run_by_run(capacity):
             torch.testing.assert_close(out[b, h, token], weighed, atol=1e-5, rtol=1e-5)
     assert (out[0, 0] == 7).all()
     assert (out[1, 1] == 7).all()
+
+
+@pytest.mark.parametrize(("many", "wide"), [(8, False), (8, True), (4, False)])
+@pytest.mark.parametrize(("held", "capacity"), [(1, 100), (1, 3), (2, 200), (4, 200)])
+def test_items_are_dealt_out_once_and_evenly(held, capacity, many, wide, monkeypatch):
+    monkeypatch.setattr(dealing, "_MANY", many)
+    if wide:
+        monkeypatch.setattr(dealing, "_COST_BITS", 31)  # more runs than 32 bits tell apart
+    pairs, groups, rows, programs, box = 3, 2, 8, 5, 16
+    generator = torch.Generator().manual_seed(2)
+    counts = torch.randint(0, rows + 1, (pairs * groups,), generator=generator)
+    counts[2:4] = 0
+    first = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    every = int(first[-1])
+    item = torch.full((pairs * groups * rows, 8), 10**6, dtype=torch.int32)
+    item[:every, 0] = torch.arange(pairs * groups).repeat_interleave(counts)
+    item[:every, 4] = torch.randint(1, 90, (every,), generator=generator)
+    runs_of = -(-held * groups * rows // capacity)
+    made = dealing.deal(item, first, groups, pairs, held, runs_of, capacity, programs, box)
+    cost = item[:, 4] + dealing._BEGIN // box
+    for together in range(-(-pairs // held)):
+        begin = int(first[together * held * groups])
+        end = int(first[min(pairs, (together + 1) * held) * groups])
+        for run in range(runs_of):
+            of_run = range(begin + run * capacity, min(end, begin + (run + 1) * capacity))
+            seen, busy = [], []
+            for number in made.start[together, run].tolist():
+                busy.append(0)
+                while number >= 0:
+                    seen.append(number)
+                    busy[-1] += int(cost[number])
+                    number = int(made.next[number])
+            assert sorted(seen) == list(of_run)
+            if seen:
+                # what a list of the longest first is sure of (Graham 1969)
+                least = max(sum(busy) / programs, int(cost[seen].max()))
+                assert max(busy) <= 4 / 3 * least + 1
+                assert max(busy) - min(busy) <= int(cost[seen].max())
 
 
 @pytest.mark.parametrize("most", [1, 30, 190, 600])

@@ -36,6 +36,21 @@ def test_ties_go_to_the_first(mode, threshold, text_span):
     assert 0.05 < got[0, :, 30:120].double().mean() < 0.6
 
 
+@pytest.mark.parametrize("blocks", [75, 96])
+@pytest.mark.parametrize("text_span", [(0, 0), (280, 300)])
+@pytest.mark.parametrize(("mode", "threshold"), [("threshold", 0.31), ("topk", 0.13)])
+def test_tiles_whose_own_blocks_are_elsewhere(mode, threshold, text_span, blocks):
+    q, k_mean, _, full = problem(torch.float16, whole=True, length=300, blocks=blocks)
+    full |= True
+    full[1, 0, -9] = False
+    own = (torch.arange(300) * (blocks - 4) // 300).view(1, 1, -1)
+    options = {"num_video": blocks - 3, "text_span": text_span, "threshold": threshold}
+    options["mode"] = mode
+    got = token_select(q, k_mean, own, full, backend="triton", **options)
+    wanted = token_select(q.double(), k_mean.double(), own, full, **options)
+    assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize(
     ("dtype", "threshold"),
     [

@@ -176,6 +176,35 @@ def test_statistics(told, length, masked, dtype, late):
     no_worse(mean, low.k_mean, exact.k_mean, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_means_of_long_blocks(masked, dtype, monkeypatch):
+    monkeypatch.setattr(block_summary_triton, "LONG", 16)
+    monkeypatch.setattr("dit_accel.kernels.block_summary.long._PIECE", 24)
+    _, k, v, _, keys, _, valid = shared.problem(
+        batch=2, heads=2, length=500, depth=16, nk=12, dtype=dtype
+    )
+    if masked:
+        hole = ~valid[:, None, :, None]
+        k, v = k.masked_fill(hole, torch.nan), v.masked_fill(hole, torch.nan)
+    order = {"perm": keys.perm, "offsets": keys.offsets}
+    longest = int(keys.offsets.diff(dim=-1).max())
+
+    def run(backend, k, v):
+        return block_summary(
+            k, v, num_video=7, key_valid=valid if masked else None, longest=longest,
+            backend=backend, **order,
+        )  # fmt: skip
+
+    exact, low, got = both(run, k, k, v)
+    for name in ("k_mean", "v_mean"):
+        no_worse(getattr(got, name), getattr(low, name), getattr(exact, name), dtype)
+    mean = block_mean(
+        k, valid=valid if masked else None, longest=longest, backend="triton", **order
+    )
+    assert torch.equal(mean, got.k_mean)
+
+
 @pytest.mark.parametrize("num_video", [0, 1, 33, 40])
 def test_covariances_are_of_the_video_alone(num_video, late):
     """Runs of blocks that end within the video, at its end, and in text of all sizes."""

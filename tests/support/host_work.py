@@ -27,6 +27,7 @@ METHODS = {
     "psa": lambda: presets.psa(mode="topk", ratios=(0.05, 0.15, 0.25, 0.45)),
     "psa, thresholds": lambda: presets.psa(),
     "svg_ear": lambda: presets.svg_ear(density=0.22),
+    "vmoba": lambda: presets.vmoba(),
 }
 _FREE = {"empty", "new_empty", "view", "alias", "expand", "squeeze", "unsqueeze", "select", "slice"}
 _FREE |= {
