@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dit_accel.attend import attend, dense, dense_pairs, report, with_prefix
+from dit_accel.attend import attend, dense, dense_pairs, report, room_for_pairs, with_prefix
 from dit_accel.density import Budget, check_layers, count_steps, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
@@ -307,11 +307,12 @@ class Method:
         with span("route"):
             plan = self.route(blocked, self.rest, ctx)
         with span("attend"):
-            partial = attend(blocked, plan, self.rest, ctx)
+            pairs = room_for_pairs(plan, q)
+            partial = attend(blocked, plan, self.rest, ctx, pairs)
         if whole:
             every = dense_pairs(q, ctx.geometry.key_valid)
             return Trace(blocked, plan, partial, Report(every, every))
-        return Trace(blocked, plan, partial, report(blocked, plan, ctx.prefix, computed))
+        return Trace(blocked, plan, partial, report(blocked, plan, ctx.prefix, computed, pairs))
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None) -> Tensor:
         key_valid = ctx.geometry.key_valid

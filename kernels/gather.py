@@ -22,6 +22,7 @@ def _gather(
     x_out,
     y_out,
     zero,
+    zeros_64,
     x_b,
     x_h,
     x_l,
@@ -50,8 +51,10 @@ def _gather(
     if BOTH:
         y = tl.load(y_ptr + b * y_b + h * y_h + token * y_l + depth[None, :], mask=known, other=0.0)
         tl.store(y_out + where, y, mask=inside[:, None])
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(zero, 0)
+        if tl.program_id(0) == 0:
+            tl.store(zeros_64 + pair, 0)
+            if tl.program_id(1) == 0:
+                tl.store(zero, 0)
     tl.store(x_out + where, x, mask=inside[:, None])
 
 
@@ -65,11 +68,17 @@ def gather_rows(x: Tensor, tokens: Tensor, out: Tensor, first_pair: int, pairs: 
         first_pair: ``b · H + h`` of the first one.
         pairs: how many, at most ``P``.
     """
-    _launch((x, x, tokens, out, out, tokens), out.shape[-2], first_pair, pairs, both=False)
+    _launch((x, x, tokens, out, out, tokens, tokens), out.shape[-2], first_pair, pairs, both=False)
 
 
 def gather_both(
-    x: Tensor, y: Tensor, tokens: Tensor, x_out: Tensor, y_out: Tensor, zero: Tensor
+    x: Tensor,
+    y: Tensor,
+    tokens: Tensor,
+    x_out: Tensor,
+    y_out: Tensor,
+    zero: Tensor,
+    zeros_64: Tensor,
 ) -> None:
     """Write the first rows of every head, ``x[b, h, tokens]`` and ``y[b, h, tokens]``; zero for -1.
 
@@ -78,9 +87,10 @@ def gather_both(
         tokens: int32 ``[B|1, H|1, M]``.
         x_out, y_out: ``[B, H, M or more, D]``, contiguous.
         zero: int32 ``[1]``, a number that a later kernel is to find at 0.
+        zeros_64: int64 ``[B, H]``, contiguous, more of such.
     """
     pairs = x.shape[0] * x.shape[1]
-    _launch((x, y, tokens, x_out, y_out, zero), x_out.shape[-2], 0, pairs, both=True)
+    _launch((x, y, tokens, x_out, y_out, zero, zeros_64), x_out.shape[-2], 0, pairs, both=True)
 
 
 def _launch(
@@ -109,6 +119,7 @@ def specimen(depth: int, dtype: str, *, both: bool = False) -> Specimen:
     types = {
         **dict.fromkeys(("x_ptr", "y_ptr", "x_out", "y_out"), f"*{dtype}"),
         **dict.fromkeys(("token_ptr", "zero"), "*i32"),
+        "zeros_64": "*i64" if both else "*i32",
     }
     return Specimen(
         f"gather{' both' * both} {dtype} D={depth}",
