@@ -272,8 +272,10 @@ class Method:
             )
         if q.is_cuda and ctx.prefix is None:
             # with a memory of its own, which nobody keeps
-            own = replace(ctx, state=State())
-            once(self._kernels(q, ctx), lambda: self.trace(q, k, v, own, scale=scale))
+            once(
+                self._kernels(q, ctx),
+                lambda: self.trace(q, k, v, replace(ctx, state=State()), scale=scale),
+            )
         call = self.trace(q, k, v, ctx, scale=scale)
         return call.partial, call.report
 
@@ -348,8 +350,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> None:
         if tensor.dtype.itemsize < 2:
             raise InputError(f"{name}: expected fp16, bf16, fp32 or fp64, got {tensor.dtype}")
     for what in ("shape", "dtype", "device"):
-        values = [getattr(tensor, what) for tensor in (q, k, v)]
-        if any(value != values[0] for value in values):
+        values = getattr(q, what), getattr(k, what), getattr(v, what)
+        if not values[0] == values[1] == values[2]:
             shown = ", ".join(str(list(x) if what == "shape" else x) for x in values)
             raise InputError(f"q, k, v: expected one {what}, got {shown}")
     if 0 in q.shape:

@@ -181,8 +181,8 @@ def packed(
     batch = pairs.numel() // heads
     rows, columns = code.shape[2:]
     num_tiles = k_tiles.span.shape[-1]
-    listed = code.new_empty((batch, heads, rows, num_tiles + AHEAD), dtype=torch.int32)
-    counts = code.new_empty((batch, heads, rows, 2), dtype=torch.int32)
+    shape, made = (batch, heads, rows), {"dtype": torch.int32, "device": code.device}
+    listed, counts = (torch.empty((*shape, n), **made) for n in (num_tiles + AHEAD, 2))
     launch(
         pack_kernel,
         (rows, batch * heads),
