@@ -20,7 +20,13 @@ from dit_accel.rest import Drop, Rest
 from dit_accel.types import Context, Plan, Prefix, Report, TokenPlan
 
 
-def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -> Partial:
+def attend(
+    blocked: Blocked,
+    plan: Plan | TokenPlan,
+    rest: Rest,
+    ctx: Context,
+    pairs: Tensor | None = None,
+) -> Partial:
     """Exact pairs, rest and prefix under one softmax normaliser.
 
     Always equal to ``merge`` of the exact pairs alone, the rest alone, and the prefix alone.
@@ -30,6 +36,7 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
         plan: what becomes of each pair of blocks, or of each pair of a query token and a block.
         rest: what stands in for the pairs left to it.
         ctx: handed to the rest; it has the prefix, if there is one.
+        pairs: of `room_for_pairs`, to be written how many pairs of the sequence were exact.
 
     Returns:
         The partial, in the model's order; ``out`` in ``q``'s dtype.
@@ -37,8 +44,9 @@ def attend(blocked: Blocked, plan: Plan | TokenPlan, rest: Rest, ctx: Context) -
     outside = getattr(rest, "outside", None)
     kept: Partial | None = None if outside is None else outside(blocked, plan, ctx)
     if kept is not None:
-        return _within(blocked, plan, Drop(), ctx, onto=kept)
-    return _merged(_within(blocked, plan, rest, ctx), *beyond(blocked.q, ctx, blocked.scale, rest))
+        return _within(blocked, plan, Drop(), ctx, onto=kept, pairs=pairs)
+    own = _within(blocked, plan, rest, ctx, pairs=pairs)
+    return _merged(own, *beyond(blocked.q, ctx, blocked.scale, rest))
 
 
 def _merged(*partials: Partial) -> Partial:
@@ -54,6 +62,7 @@ def _within(
     rest: Rest,
     ctx: Context,
     onto: Partial | None = None,
+    pairs: Tensor | None = None,
 ) -> Partial:
     """Exact pairs and rest of the sequence itself, on top of attention to other keys."""
     others = () if onto is None else (onto,)
@@ -91,7 +100,9 @@ def _within(
         levels=plan.levels,
         q_longest=blocked.queries.longest,
         k_longest=blocked.keys.longest,
+        long_rows=blocked.queries.num_blocks - blocked.queries.num_video,
         onto=None if onto is None else (onto.out, onto.lse),
+        pairs=pairs,
     )
     return Partial(out, lse)
 
@@ -226,8 +237,19 @@ def _all_pairs(batch: int, heads: int, every: int, device: torch.device) -> Tens
         return torch.full((batch, heads), every, dtype=torch.int64, device=device)
 
 
+def room_for_pairs(plan: Plan | TokenPlan, q: Tensor) -> Tensor | None:
+    """Where `attend` counts pairs, int64 ``[B, H]``; ``None`` for plans of which it counts none."""
+    if isinstance(plan, TokenPlan) or plan.whole:
+        return None
+    return torch.empty(q.shape[:2], dtype=torch.int64, device=q.device)
+
+
 def report(
-    blocked: Blocked, plan: Plan | TokenPlan, prefix: Prefix | None = None, computed: int = 0
+    blocked: Blocked,
+    plan: Plan | TokenPlan,
+    prefix: Prefix | None = None,
+    computed: int = 0,
+    pairs: Tensor | None = None,
 ) -> Report:
     """What a plan computes exactly, counted in pairs of a query and a valid key.
 
@@ -236,10 +258,11 @@ def report(
         plan: what became of each pair.
         prefix: what the queries see besides.
         computed: keys of the prefix that attention was computed to, all or none.
+        pairs: exact ones, where `attend` counted them.
     """
     length = blocked.q.shape[2]
     every = dense_pairs(blocked.q, blocked.geometry.key_valid, prefix)
-    exact = _exact_pairs(blocked, plan)
+    exact = _exact_pairs(blocked, plan) if pairs is None else pairs
     return Report(exact + computed * length if computed else exact, every)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dit_accel.attend import attend, dense, dense_pairs, report, with_prefix
+from dit_accel.attend import attend, dense, dense_pairs, report, room_for_pairs, with_prefix
 from dit_accel.density import Budget, check_layers, count_steps, share_at
 from dit_accel.errors import InputError
 from dit_accel.kernels.dense_attention import BACKENDS, dense_attention, why_not
@@ -272,8 +272,10 @@ class Method:
             )
         if q.is_cuda and ctx.prefix is None:
             # with a memory of its own, which nobody keeps
-            own = replace(ctx, state=State())
-            once(self._kernels(q, ctx), lambda: self.trace(q, k, v, own, scale=scale))
+            once(
+                self._kernels(q, ctx),
+                lambda: self.trace(q, k, v, replace(ctx, state=State()), scale=scale),
+            )
         call = self.trace(q, k, v, ctx, scale=scale)
         return call.partial, call.report
 
@@ -307,11 +309,12 @@ class Method:
         with span("route"):
             plan = self.route(blocked, self.rest, ctx)
         with span("attend"):
-            partial = attend(blocked, plan, self.rest, ctx)
+            pairs = room_for_pairs(plan, q)
+            partial = attend(blocked, plan, self.rest, ctx, pairs)
         if whole:
             every = dense_pairs(q, ctx.geometry.key_valid)
             return Trace(blocked, plan, partial, Report(every, every))
-        return Trace(blocked, plan, partial, report(blocked, plan, ctx.prefix, computed))
+        return Trace(blocked, plan, partial, report(blocked, plan, ctx.prefix, computed, pairs))
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None) -> Tensor:
         key_valid = ctx.geometry.key_valid
@@ -347,8 +350,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> None:
         if tensor.dtype.itemsize < 2:
             raise InputError(f"{name}: expected fp16, bf16, fp32 or fp64, got {tensor.dtype}")
     for what in ("shape", "dtype", "device"):
-        values = [getattr(tensor, what) for tensor in (q, k, v)]
-        if any(value != values[0] for value in values):
+        values = getattr(q, what), getattr(k, what), getattr(v, what)
+        if not values[0] == values[1] == values[2]:
             shown = ", ".join(str(list(x) if what == "shape" else x) for x in values)
             raise InputError(f"q, k, v: expected one {what}, got {shown}")
     if 0 in q.shape:

@@ -6,8 +6,8 @@ under the same softmax normaliser as the exact pairs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ class Moment:
 
     def terms(self, blocked: Blocked, ctx: Context) -> RestTerms | None:
         k_var = blocked.summary(*self.needs).k_var
-        return replace(_with_first_order(blocked, self.taylor), k_var=k_var, weight=self.weight)
+        return _with_first_order(blocked, self.taylor, k_var=k_var, weight=self.weight)
 
     def log_weight(self, blocked: Blocked, queries: Tensor) -> Tensor:
         k_var = blocked.summary(*self.needs).k_var
@@ -162,11 +162,9 @@ def _check_taylor(owner: str, taylor: str | None) -> None:
         raise InputError(f"{owner}: taylor: expected 'global', 'rest' or None, got {taylor!r}")
 
 
-def _with_first_order(blocked: Blocked, taylor: FirstOrder | None) -> RestTerms:
+def _with_first_order(blocked: Blocked, taylor: FirstOrder | None, **others: Any) -> RestTerms:
     summary = blocked.summary(*(("cov",) if taylor else ()))
-    terms = RestTerms(summary.k_mean, summary.v_mean, summary.count)
-    if taylor is None:
-        return terms
-    return replace(
-        terms, cov_sum=summary.cov_sum, cov_scope=taylor, num_video=blocked.keys.num_video
-    )
+    if taylor is not None:
+        others |= {"cov_sum": summary.cov_sum, "cov_scope": taylor}
+        others["num_video"] = blocked.keys.num_video
+    return RestTerms(summary.k_mean, summary.v_mean, summary.count, **others)

@@ -22,6 +22,7 @@ def _gather(
     x_out,
     y_out,
     zero,
+    zeros_64,
     x_b,
     x_h,
     x_l,
@@ -51,8 +52,10 @@ def _gather(
     if BOTH:
         y = tl.load(y_ptr + b * y_b + h * y_h + token * y_l + depth[None, :], mask=known, other=0.0)
         tl.store(y_out + where, y, mask=inside[:, None])
-    if ZERO and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(zero, 0)
+    if ZERO and tl.program_id(0) == 0:
+        tl.store(zeros_64 + pair, 0)
+        if tl.program_id(1) == 0:
+            tl.store(zero, 0)
     tl.store(x_out + where, x, mask=inside[:, None])
 
 
@@ -66,7 +69,7 @@ def gather_rows(x: Tensor, tokens: Tensor, out: Tensor, first_pair: int, pairs: 
         first_pair: ``b · H + h`` of the first one.
         pairs: how many, at most ``P``.
     """
-    pointers = (x, x, tokens, out, out, tokens)
+    pointers = (x, x, tokens, out, out, tokens, tokens)
     _launch(pointers, out.shape[-2], first_pair, pairs, both=False, zero=False)
 
 
@@ -76,7 +79,7 @@ def gather_both(
     tokens: Tensor,
     x_out: Tensor,
     y_out: Tensor,
-    zero: Tensor | None = None,
+    zeros: tuple[Tensor, Tensor] | None = None,
     *,
     first_pair: int = 0,
     pairs: int | None = None,
@@ -87,14 +90,14 @@ def gather_both(
         x, y: ``[B, H, L, D]``, with a last stride of 1.
         tokens: int32 ``[B|1, H|1, M]``.
         x_out, y_out: ``[..., M or more, D]``, contiguous, of as many heads or more.
-        zero: int32 ``[1]``, a number that a later kernel is to find at 0.
+        zeros: int32 ``[1]`` and int64 ``[B, H]``, contiguous: numbers that later kernels are to find
+            at 0.
         first_pair: ``b · H + h`` of the first one.
         pairs: how many; all by default.
     """
     pairs = x.shape[0] * x.shape[1] if pairs is None else pairs
-    pointers = (x, y, tokens, x_out, y_out, tokens if zero is None else zero)
-    height = x_out.shape[-2]
-    _launch(pointers, height, first_pair, pairs, both=True, zero=zero is not None)
+    pointers = (x, y, tokens, x_out, y_out, *(zeros or (tokens, tokens)))
+    _launch(pointers, x_out.shape[-2], first_pair, pairs, both=True, zero=zeros is not None)
 
 
 def _launch(
@@ -130,6 +133,7 @@ def specimen(depth: int, dtype: str, *, both: bool = False) -> Specimen:
     types = {
         **dict.fromkeys(("x_ptr", "y_ptr", "x_out", "y_out"), f"*{dtype}"),
         **dict.fromkeys(("token_ptr", "zero"), "*i32"),
+        "zeros_64": "*i64" if both else "*i32",
     }
     return Specimen(
         f"gather{' both' * both} {dtype} D={depth}",

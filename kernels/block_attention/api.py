@@ -12,7 +12,8 @@ from dit_accel.kernels.backends import BACKENDS, implementation, resolve, triton
 from dit_accel.kernels.block_attention.groups import in_groups
 from dit_accel.kernels.block_summary.api import check_blocks, check_valid
 from dit_accel.kernels.merge import merge
-from dit_accel.kernels.packed import MOST_ROWS
+from dit_accel.kernels.packed import MOST_ROWS, compact
+from dit_accel.kernels.pair_count import pair_count
 
 POOLED = (2, 4, 8)
 """Codes of pooled levels: so many consecutive keys of a block are averaged into one."""
@@ -63,7 +64,9 @@ def block_attention(
     levels: tuple[int, ...] | None = None,
     q_longest: int | None = None,
     k_longest: int | None = None,
+    long_rows: int = 0,
     onto: tuple[Tensor, Tensor] | None = None,
+    pairs: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan over blocks, exact pairs and rest under one softmax normaliser.
@@ -81,7 +84,11 @@ def block_attention(
         rest: what stands in for code -1.
         levels: which of 2, 4 and 8 ``code`` may hold; ``None`` looks, and waits for the device.
         q_longest, k_longest: tokens of the longest block, where the caller knows; never less.
+        long_rows: query blocks, the last ones, that want more than others, as text does; kernels
+            begin with them, and the result is the same.
         onto: attention over other keys, ``out`` and ``lse`` as they are returned, to be merged.
+        pairs: int64 ``[B, H]``, contiguous, to be written how many pairs of a query and a valid key
+            are exact, as `pair_count` counts them.
         backend: ``"auto"``, or a name from `backends.BACKENDS`; a named one never falls back.
 
     Returns:
@@ -124,6 +131,13 @@ def block_attention(
             f"onto: expected {list(q.shape)} with {list(q.shape[:-1])}, got {list(onto[0].shape)} "
             f"with {list(onto[1].shape)}"
         )
+    if pairs is not None and (
+        pairs.dtype != torch.int64 or pairs.shape != q.shape[:2] or not pairs.is_contiguous()
+    ):
+        raise ValueError(
+            f"pairs: expected contiguous int64 {list(q.shape[:2])}, got {pairs.dtype} "
+            f"{list(pairs.shape)}"
+        )
     if rest is not None and rest.weight != "plain" and rest.k_var is None:
         raise ValueError(f"rest: expected k_var for weight {rest.weight!r}, got None")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -139,12 +153,17 @@ def block_attention(
             key_valid=key_valid,
             rest=rest,
             onto=onto,
+            pairs=pairs,
             orders=orders,
             scale=scale,
             q_longest=q_longest,
             k_longest=k_longest,
             levels=levels,
+            long_rows=long_rows,
         )
+    if pairs is not None:
+        sizes = (compact(k_perm, k_offsets, key_valid).offsets, q_offsets)
+        pairs.copy_(pair_count(code, *(x.diff(dim=-1) for x in sizes)))
     result: tuple[Tensor, Tensor] = run(
         q, k, v, code, key_valid=key_valid, scale=scale, rest=rest, **orders
     )

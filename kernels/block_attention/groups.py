@@ -27,6 +27,7 @@ def in_groups(
     key_valid: Tensor | None,
     rest: Any,
     onto: tuple[Tensor, Tensor] | None,
+    pairs: Tensor | None,
     orders: dict[str, Tensor],
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def in_groups(
 
     Args:
         run: an implementation of `block_attention` that writes ``into`` a pair of tensors.
-        q, k, v, code, key_valid, rest, onto: as of `block_attention`.
+        q, k, v, code, key_valid, rest, onto, pairs: as of `block_attention`.
         orders: its orders and offsets, by name.
         options: what is the same for all heads.
     """
@@ -43,7 +44,7 @@ def in_groups(
     groups = list(groups_of(k))
     if len(groups) == 1:
         whole = {"key_valid": key_valid, "rest": rest, "onto": onto, "into": (out, lse)}
-        run(q, k, v, code, **whole, **orders, **options)
+        run(q, k, v, code, pairs=pairs, **whole, **orders, **options)
         return out, lse
     for batch, heads in groups:
 
@@ -56,6 +57,7 @@ def in_groups(
             rest=cut(rest),
             onto=None if onto is None else (cut(onto[0]), cut(onto[1])),
             into=(cut(out), cut(lse)),
+            pairs=None if pairs is None else cut(pairs),
             **_orders(orders, cut),
             **options,
         )

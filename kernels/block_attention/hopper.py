@@ -45,6 +45,7 @@ class _Parts:
     tile_b: gl.tensor
     tile_h: gl.tensor
     num_rows: gl.tensor
+    long_tiles: gl.tensor
     listed: gl.tensor
     counts: gl.tensor
     num_tiles: gl.tensor
@@ -94,7 +95,7 @@ class _Parts:
 _FIELDS = tuple(_Parts.__annotations__)
 _Parts = aggregate(_Parts)  # type: ignore[misc]
 _SIZES = ["pairs", "heads", "length", "table", "rows", "columns", "num_tiles", "num_rows"]
-_SIZES.append("rest_turns")
+_SIZES += ["long_tiles", "rest_turns"]
 _SIZES += [f"{name}_{axis}" for name in ("perm", "tile", "code", "bias") for axis in "bh"]
 
 
@@ -127,6 +128,7 @@ def attend_kernel(
     columns,
     num_tiles,
     num_rows,
+    long_tiles,
     rest_turns,
     scale,
     q_b,
@@ -201,6 +203,7 @@ def attend_kernel(
         tile_b,
         tile_h,
         num_rows,
+        long_tiles,
         listed,
         counts,
         num_tiles,
@@ -267,6 +270,7 @@ def attend(
     box: int,
     onto: tuple[Tensor, Tensor] | None = None,
     levels: bool = False,
+    long_tiles: int = 0,
 ) -> None:
     """A whole problem, on top of a partial if there is one.
 
@@ -276,6 +280,7 @@ def attend(
         box: tokens of a key tile: 64, 32, 16 or 8.
         onto: attention over other keys, ``out`` ``[B, H, L, D]`` and ``lse`` ``[B, H, L]``.
         levels: the lists are of `levels.packed_levels`.
+        long_tiles: of a head's tiles of queries, the last ones, that all heads begin with.
     """
     q, out = problem.q, problem.out
     init, init_lse = (x.contiguous() for x in onto or (out, problem.lse))
@@ -317,6 +322,7 @@ def attend(
             columns,
             problem.listed.shape[-1],
             problem.grid[0],
+            long_tiles,
             0 if rest is None else -(-columns // TURN),
             problem.scale,
             *q.stride()[:3],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_attention.means import LEVELS, TURN, Rows, tables_with_means
 from dit_accel.kernels.block_attention.means import SPECIMENS as TABLE_SPECIMENS
+from dit_accel.kernels.block_attention.pairs import add_pairs
 from dit_accel.kernels.block_attention.problem import AHEAD, Problem, some_of
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
@@ -61,15 +62,17 @@ def _field(counts, level):
 @triton.jit(
     do_not_specialize=[
         *("heads", "rows", "columns", "width"),
-        *("code_b", "code_h", "first_b", "first_h", "size_b", "size_h"),
+        *("code_b", "code_h", "first_b", "first_h", "size_b", "size_h", "bound_b", "bound_h"),
     ]
 )
 def pack_levels_kernel(
     code,
     first,
     sizes,
+    bounds,
     listed,
     counts,
+    pairs,
     heads,
     rows,
     columns,
@@ -80,6 +83,8 @@ def pack_levels_kernel(
     first_h,
     size_b,
     size_h,
+    bound_b,
+    bound_h,
     LOG: tl.constexpr,
     CHUNK: tl.constexpr,
     PER: tl.constexpr,
@@ -95,12 +100,15 @@ def pack_levels_kernel(
     target = listed + place * width
     all_full = tl.zeros([1], tl.int64)
     all_short = tl.zeros([1], tl.int64)
+    exact = 0
     for begin in range(0, columns, CHUNK):
         number = begin + tl.arange(0, CHUNK)
         level, log, full, means, keys = _boxes(codes, sizes, number, columns, LOG)
         short = (means > 0).to(tl.int32) + (keys > 0).to(tl.int32)
         all_full += tl.sum(_by_level(full, level), 0)
         all_short += tl.sum(_by_level(short, level), 0)
+        exact += tl.sum(tl.where(level == 0, (full << log) + means, 0), 0)
+    add_pairs(pairs + head, bounds + b * bound_b + h * bound_h + row, exact)
     # a turn is of one level, and what it lacks holds nothing
     every = tl.arange(0, 4)
     fulls = _field(all_full, every)
@@ -150,29 +158,32 @@ def pack_levels_kernel(
 
 
 def packed_levels(
-    code: Tensor, found: Rows, batch: int, heads: int, size: int
+    code: Tensor, found: Rows, q_offsets: Tensor, pairs: Tensor, heads: int, size: int
 ) -> tuple[Tensor, Tensor]:
     """Every row's tiles as a list, and how many of full length and in all, by level.
 
     Args:
         code: int8 ``[B|1, H|1, Nq, Nk]``, contiguous.
         found: where the blocks stand.
-        batch, heads: of the lists.
+        q_offsets: int32 ``[B|1, H|1, Nq + 1]``, contiguous: the queries of every row.
+        pairs: int64 ``[B, H]``, to which the exact pairs are added.
+        heads: of the lists.
         size: of an exact tile, a power of two.
 
     Returns:
         int32 ``[B, H, Nq, most]``; int32 ``[B, H, Nq, 8]``.
     """
+    batch = pairs.numel() // heads
     rows, columns = code.shape[2:]
     listed = code.new_empty((batch, heads, rows, found.most), dtype=torch.int32)
     counts = code.new_empty((batch, heads, rows, 2 * len(LEVELS)), dtype=torch.int32)
     launch(
         pack_levels_kernel,
         (rows, batch * heads),
-        (code, found.first, found.sizes, listed, counts),
+        (code, found.first, found.sizes, q_offsets, listed, counts, pairs),
         (
             *(heads, rows, columns, found.most, *lead_strides(code)),
-            *(*lead_strides(found.first), *lead_strides(found.sizes)),
+            *(*lead_strides(found.first), *lead_strides(found.sizes), *lead_strides(q_offsets)),
         ),
         **_pack_constants(size, columns),
     )
@@ -212,6 +223,7 @@ def level_problem(
     keys: Compact,
     found: Rows,
     size: int,
+    pairs: Tensor,
 ) -> Problem:
     """The problem of some heads, but for its scale and where results go: tables and lists.
 
@@ -222,18 +234,23 @@ def level_problem(
         queries, q_tiles: order and tiles of queries.
         keys, found: order of the keys, and where their blocks stand.
         size: of an exact tile.
+        pairs: int64 ``[B, H]``, where pairs are counted.
     """
     query = some(q)
     found = found._replace(first=some(found.first), sizes=some(found.sizes))
     order = Compact(*(some(x) for x in keys))
-    listed, counts = packed_levels(some(code), found, query.shape[0], query.shape[1], size)
+    of_queries, pairs = Compact(*(some(x) for x in queries)), some(pairs)
+    tables = tables_with_means(some(k), some(v), order, found, pairs)
+    bounds = of_queries.offsets
+    listed, counts = packed_levels(some(code), found, bounds, pairs, query.shape[1], size)
     return Problem(
         query if query.stride(-1) == 1 else query.contiguous(),
-        *tables_with_means(some(k), some(v), order, found),
-        Compact(*(some(x) for x in queries)),
+        *tables,
+        of_queries,
         Tiles(*(some(x) for x in q_tiles)),
         listed,
         counts,
+        pairs,
         some(code),
         1.0,
         query,
@@ -243,8 +260,9 @@ def level_problem(
 
 def _specimens() -> Iterator[Specimen]:
     ints = {
-        **dict.fromkeys(("first", "sizes", "listed", "counts"), "*i32"),
+        **dict.fromkeys(("first", "sizes", "bounds", "listed", "counts"), "*i32"),
         "code": "*i8",
+        "pairs": "*i64",
     }
     for size, columns in ((64, 2048), (16, 100)):
         constants = _pack_constants(size, columns)

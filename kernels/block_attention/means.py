@@ -141,6 +141,7 @@ def levels_kernel(
     keys,
     values,
     zero,
+    zeros_64,
     k_b,
     k_h,
     k_l,
@@ -172,8 +173,10 @@ def levels_kernel(
     v += b * v_b + h * v_h
     _pool(k, k_l, keys, perm, begin, stop, at_2, at_4, at_8, D, GROUPS)
     _pool(v, v_l, values, perm, begin, stop, at_2, at_4, at_8, D, GROUPS)
-    if (j == 0) & (head == 0):
-        tl.store(zero, 0)
+    if j == 0:
+        tl.store(zeros_64 + head, 0)
+        if head == 0:
+            tl.store(zero, 0)
     # rows that no block has are read beside the last ones
     zeros = tl.zeros([GROUPS, D], keys.dtype.element_ty)
     for i in tl.static_range(4):
@@ -189,7 +192,7 @@ def levels_kernel(
 
 
 def tables_with_means(
-    k: Tensor, v: Tensor, order: Compact, found: Rows
+    k: Tensor, v: Tensor, order: Compact, found: Rows, pairs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values in the order, and behind them the means of every level.
 
@@ -197,6 +200,7 @@ def tables_with_means(
         k, v: ``[B, H, L, D]``.
         order: of the keys.
         found: where its blocks stand.
+        pairs: int64 ``[B, H]``, numbers that a later kernel is to find at 0.
 
     Returns:
         As `Problem` has them, ``[B, H, height, D]``, zero in rows that no block has; with the rows
@@ -211,7 +215,7 @@ def tables_with_means(
     launch(
         levels_kernel,
         (blocks, batch * heads),
-        (k, v, order.perm, found.first, keys, values, taken),
+        (k, v, order.perm, found.first, keys, values, taken, pairs),
         (
             *(*k.stride()[:3], *v.stride()[:3], heads, blocks, found.height),
             *(*lead_strides(order.perm), *lead_strides(found.first)),
@@ -226,7 +230,7 @@ def _table_constants(depth: int) -> dict[str, int]:
 
 
 def _specimens() -> Iterator[Specimen]:
-    ints = dict.fromkeys(("first", "perm", "zero"), "*i32")
+    ints = {**dict.fromkeys(("first", "perm", "zero"), "*i32"), "zeros_64": "*i64"}
     for dtype, depth in (("bf16", 128), ("fp16", 64)):
         constants = _table_constants(depth)
         options = {"num_warps": constants.pop("num_warps")}

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.block_attention.pairs import add_pairs
 from dit_accel.kernels.cutting import cut_blocks
 from dit_accel.kernels.cutting import specimen as specimen_of_cut
 from dit_accel.kernels.gather import gather_both, specimen
@@ -46,15 +47,17 @@ _SHAPE = tl.constexpr((1 << START_BIT) - 1)
 @triton.jit(
     do_not_specialize=[
         *("heads", "rows", "columns", "num_tiles"),
-        *("code_b", "code_h", "tile_b", "tile_h"),
+        *("code_b", "code_h", "tile_b", "tile_h", "bound_b", "bound_h"),
     ]
 )
 def pack_kernel(
     code,
     block,
     span,
+    bounds,
     listed,
     counts,
+    pairs,
     heads,
     rows,
     columns,
@@ -63,11 +66,13 @@ def pack_kernel(
     code_h,
     tile_b,
     tile_h,
+    bound_b,
+    bound_h,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """The exact tiles of a row of a plan: those of full length first, each part in rising order."""
+    """The tiles of a row of a plan: those of full length first, each part in rising order."""
     row, head = tl.program_id(0), tl.program_id(1)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     codes = code + b * code_b + h * code_h + row.to(tl.int64) * columns
@@ -75,6 +80,7 @@ def pack_kernel(
     place = head.to(tl.int64) * rows + row
     target = listed + place * (num_tiles + AHEAD)
     done = 0
+    keys = 0
     for part in tl.static_range(2):
         for first in range(0, num_tiles, CHUNK):
             number = first + tl.arange(0, CHUNK)
@@ -89,9 +95,11 @@ def pack_kernel(
             rank = tl.cumsum(chosen.to(tl.int32), 0)
             tl.store(target + done + rank - 1, where, mask=chosen)
             done += tl.sum(chosen.to(tl.int32), 0)
+            keys += tl.sum(tl.where(chosen & ((of & _LEVEL) == 1), where & _MASK, 0), 0)
         tl.store(counts + place * 2 + part, done)
     # some more, which are read ahead and hold nothing
     tl.store(target + done + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
+    add_pairs(pairs + head, bounds + b * bound_b + h * bound_h + row, keys)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "height", "base", "span_b", "span_h"])
@@ -151,6 +159,7 @@ class Problem(NamedTuple):
     q_tiles: Tiles
     listed: Tensor  # int32 [B, H, Nq, T + 2], the exact tiles of every row
     counts: Tensor  # int32 [B, H, Nq, 2], tiles of full length, and all
+    pairs: Tensor  # int64 [B, H], of a query and a key that are exact
     code: Tensor
     scale: float
     out: Tensor  # [B, H, L, D], contiguous
@@ -163,20 +172,24 @@ class Problem(NamedTuple):
 
 
 def packed(
-    code: Tensor, k_tiles: Tiles, batch: int, heads: int, size: int
+    code: Tensor, k_tiles: Tiles, q_offsets: Tensor, pairs: Tensor, heads: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Every row's exact tiles as a list, ``[B, H, Nq, T + 2]``, and how many, ``[B, H, Nq, 2]``."""
+    """Every row's exact tiles as a list, ``[B, H, Nq, T + 2]``, and how many, ``[B, H, Nq, 2]``.
+
+    Their pairs are added to ``pairs``, int64 ``[B, H]``.
+    """
+    batch = pairs.numel() // heads
     rows, columns = code.shape[2:]
     num_tiles = k_tiles.span.shape[-1]
-    listed = code.new_empty((batch, heads, rows, num_tiles + AHEAD), dtype=torch.int32)
-    counts = code.new_empty((batch, heads, rows, 2), dtype=torch.int32)
+    shape, made = (batch, heads, rows), {"dtype": torch.int32, "device": code.device}
+    listed, counts = (torch.empty((*shape, n), **made) for n in (num_tiles + AHEAD, 2))
     launch(
         pack_kernel,
         (rows, batch * heads),
-        (code, k_tiles.block, k_tiles.span, listed, counts),
+        (code, k_tiles.block, k_tiles.span, q_offsets, listed, counts, pairs),
         (
-            *(heads, rows, columns, num_tiles),
-            *(*lead_strides(code), *lead_strides(k_tiles.span)),
+            *(heads, rows, columns, num_tiles, *lead_strides(code)),
+            *(*lead_strides(k_tiles.span), *lead_strides(q_offsets)),
         ),
         SIZE=size,
         CHUNK=_CHUNK,
@@ -186,17 +199,17 @@ def packed(
 
 
 def tables_of(
-    k: Tensor, v: Tensor, order: Compact, pyramid: Pooled | None
+    k: Tensor, v: Tensor, order: Compact, pyramid: Pooled | None, pairs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values in the order, and behind them the means of every level; as `Problem` has
-    them, with the rows of both, and a 0."""
+    them, with the rows of both, and a 0. ``pairs`` is 0 after that."""
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, length, depth = k.shape
     height = length if pyramid is None else pyramid.height
     table = torch.empty((2, batch, heads, height, depth), dtype=k.dtype, device=k.device)
     taken = torch.empty(1, dtype=torch.int32, device=k.device)
     keys, values = table.unbind()
-    gather_both(k, v, order.perm, keys, values, taken)
+    gather_both(k, v, order.perm, keys, values, (taken, pairs))
     if pyramid is not None:
         rows = pyramid.span.shape[-1]
         launch(
@@ -228,15 +241,17 @@ def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Probl
             cut = partial(some_of, batch=slice(b, b + 1), heads=slice(h, h + step))
             q, code = cut(problem.q), cut(problem.code).contiguous()
             found = Tiles(*(cut(x) for x in pyramid.tiles))
-            listed, counts = packed(code, found, 1, q.shape[1], size)
+            queries, pairs = Compact(*(cut(x) for x in problem.queries)), cut(problem.pairs)
+            listed, counts = packed(code, found, queries.offsets, pairs, q.shape[1], size)
             yield problem._replace(
                 q=q,
                 keys=cut(problem.keys),
                 values=cut(problem.values),
-                queries=Compact(*(cut(x) for x in problem.queries)),
+                queries=queries,
                 q_tiles=Tiles(*(cut(x) for x in problem.q_tiles)),
                 listed=listed,
                 counts=counts,
+                pairs=pairs,
                 code=code,
                 out=cut(problem.out),
                 lse=cut(problem.lse),
@@ -245,7 +260,8 @@ def pooled_parts(problem: Problem, pyramid: Pooled, size: int) -> Iterator[Probl
 
 def _specimens() -> list[Specimen]:
     pack = {"SIZE": 64, "CHUNK": _CHUNK, "AHEAD": AHEAD}
-    pointers = {**dict.fromkeys(("block", "span", "listed", "counts"), "*i32"), "code": "*i8"}
+    ints = ("block", "span", "bounds", "listed", "counts")
+    pointers = {**dict.fromkeys(ints, "*i32"), "code": "*i8", "pairs": "*i64"}
     pool = {"MOST": 8, "D": 128, "ROWS": _ROWS}
     return [
         Specimen("pack", pack_kernel, typed(pack_kernel, pack, **pointers), pack),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.block_attention.pairs import add_pairs
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import START_BIT
@@ -31,13 +32,18 @@ def _exact(codes, offsets, column, columns):
 
 
 @triton.jit(
-    do_not_specialize=["heads", "rows", "columns", "width", "code_b", "code_h", "off_b", "off_h"]
+    do_not_specialize=[
+        *("heads", "rows", "columns", "width"),
+        *("code_b", "code_h", "off_b", "off_h", "bound_b", "bound_h"),
+    ]
 )
 def pack_runs_kernel(
     code,
     offsets,
+    bounds,
     listed,
     counts,
+    pairs,
     heads,
     rows,
     columns,
@@ -46,6 +52,8 @@ def pack_runs_kernel(
     code_h,
     off_b,
     off_h,
+    bound_b,
+    bound_h,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -58,6 +66,7 @@ def pack_runs_kernel(
     place = head.to(tl.int64) * rows + row
     target = listed + place * width
     done = 0
+    keys = 0
     for part in tl.static_range(2):
         # where the run that goes on from the chunk before began
         open_run = -1
@@ -71,6 +80,7 @@ def pack_runs_kernel(
             open_run = tl.max(run, 0)
             boxes = tl.where(chosen, (stop - run) // SIZE, 0)
             if part == 0:
+                keys += tl.sum(tl.where(chosen, stop - start, 0), 0)
                 # of the run's boxes those that end in this block
                 earlier = tl.where(chosen, (start - run) // SIZE, 0)
                 number = boxes - earlier
@@ -89,17 +99,27 @@ def pack_runs_kernel(
         tl.store(counts + place * 2 + part, done)
     # some more, which are read ahead and hold nothing
     tl.store(target + done + tl.arange(0, AHEAD), tl.zeros([AHEAD], tl.int32))
+    add_pairs(pairs + head, bounds + b * bound_b + h * bound_h + row, keys)
 
 
 def packed_runs(
-    code: Tensor, offsets: Tensor, batch: int, heads: int, length: int, size: int, ahead: int
+    code: Tensor,
+    offsets: Tensor,
+    q_offsets: Tensor,
+    pairs: Tensor,
+    heads: int,
+    length: int,
+    size: int,
+    ahead: int,
 ) -> tuple[Tensor, Tensor]:
     """Every row's exact boxes as a list, ``[B, H, Nq, T + ahead]``, and how many.
 
     Args:
         code: int8 ``[B|1, H|1, Nq, Nk]``, contiguous.
         offsets: int32 ``[B|1, H|1, Nk + 1]``, contiguous: blocks that follow each other.
-        batch, heads: of the lists.
+        q_offsets: int32 ``[B|1, H|1, Nq + 1]``, contiguous: the queries of every row.
+        pairs: int64 ``[B, H]``, to which the exact pairs are added.
+        heads: of the lists.
         length: keys in all.
         size: of a box, below ``2 ** LENGTH_BITS``.
         ahead: empty entries after every list; a power of two.
@@ -107,6 +127,7 @@ def packed_runs(
     Returns:
         The lists, and ``[B, H, Nq, 2]``, boxes of full length, and all.
     """
+    batch = pairs.numel() // heads
     rows, columns = code.shape[2:]
     width = length // size + columns + ahead
     listed = code.new_empty((batch, heads, rows, width), dtype=offsets.dtype)
@@ -114,8 +135,11 @@ def packed_runs(
     launch(
         pack_runs_kernel,
         (rows, batch * heads),
-        (code, offsets, listed, counts),
-        (heads, rows, columns, width, *lead_strides(code), *lead_strides(offsets)),
+        (code, offsets, q_offsets, listed, counts, pairs),
+        (
+            *(heads, rows, columns, width, *lead_strides(code)),
+            *(*lead_strides(offsets), *lead_strides(q_offsets)),
+        ),
         SIZE=size,
         CHUNK=_CHUNK,
         AHEAD=ahead,
@@ -125,7 +149,8 @@ def packed_runs(
 
 def _specimens() -> list[Specimen]:
     constants = {"SIZE": 16, "CHUNK": _CHUNK, "AHEAD": 16}
-    pointers = {**dict.fromkeys(("offsets", "listed", "counts"), "*i32"), "code": "*i8"}
+    ints = ("offsets", "bounds", "listed", "counts")
+    pointers = {**dict.fromkeys(ints, "*i32"), "code": "*i8", "pairs": "*i64"}
     signature = typed(pack_runs_kernel, constants, **pointers)
     return [Specimen("pack runs", pack_runs_kernel, signature, constants)]
 

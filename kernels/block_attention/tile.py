@@ -39,11 +39,16 @@ TOLD = gl.constexpr(len(_TILE_FIELDS) - 1)
 @gluon.jit
 def find(p, pooled, tile, BOX: gl.constexpr, POOLED: gl.constexpr):
     """What a tile is, read from memory; a span of 0 holds nothing."""
-    head = tile // p.num_rows
+    # text stands last, and its rows are long: those of all heads go first
+    long = tile < p.pairs * p.long_tiles
+    others = p.num_rows - p.long_tiles
+    tile = gl.where(long, tile, tile - p.pairs * p.long_tiles)
+    each = gl.maximum(gl.where(long, p.long_tiles, others), 1)
+    head = tile // each
     b = (head // p.heads).to(gl.int64)
     h = (head % p.heads).to(gl.int64)
-    # the tiles that were cut last are text, whose rows are long: they go first
-    at = b * p.tile_b + h * p.tile_h + p.num_rows - 1 - tile % p.num_rows
+    last = gl.where(long, p.num_rows, others) - 1
+    at = b * p.tile_b + h * p.tile_h + last - tile % each
     span = gl.load(p.q_span + at)
     block = gl.load(p.q_block + at) >> 4
     row = head.to(gl.int64) * p.rows + block

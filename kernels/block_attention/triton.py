@@ -237,13 +237,19 @@ def block_attention(
     onto: tuple[Tensor, Tensor] | None = None,
     setting: dict[str, Any] | None = None,
     into: tuple[Tensor, Tensor] | None = None,
+    pairs: Tensor | None = None,
+    long_rows: int = 0,
 ) -> tuple[Tensor, Tensor]:
     if into is None:
         into = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if pairs is None:
+        pairs = torch.empty(q.shape[:2], dtype=torch.int64, device=q.device)
     chosen = {**_setting(q, k_longest), **(setting or {})}
     bm, bn, on_hopper = chosen.pop("BM"), chosen.pop("BN"), chosen.pop("hopper")
     queries, keys = compact(q_perm, q_offsets, None), compact(k_perm, k_offsets, key_valid)
     q_tiles = tiles_of(queries, q.shape[2], bm, q_longest)
+    # blocks that fit a tile are one each
+    long_tiles = long_rows if q_longest is not None and q_longest <= bm else 0
     code = code.contiguous()
     length = k.shape[2]
     if levels and on_hopper:
@@ -257,10 +263,10 @@ def block_attention(
         )
         out, lse = into
         for some in head_groups(k, found, whole=rest is not None):
-            part = level_problem(some, q, k, v, code, queries, q_tiles, keys, found, bn)
+            part = level_problem(some, q, k, v, code, queries, q_tiles, keys, found, bn, pairs)
             part = part._replace(scale=scale, out=some(out), lse=some(lse))
             before = None if onto is None else (some(onto[0]), some(onto[1]))
-            hopper.attend(part, rest, bn, before, levels=True)
+            hopper.attend(part, rest, bn, before, levels=True, long_tiles=long_tiles)
         return out, lse
     pyramid = None
     if levels:
@@ -270,18 +276,20 @@ def block_attention(
             ("pooled", levels, k_longest),
             lambda: pooled(keys.offsets, length, levels, _POOLED_TILE, k_longest),
         )
+    tables = tables_of(k, v, keys, pyramid, pairs)
+    of_rows = queries.offsets, pairs, q.shape[1]
     if k_longest is None:
-        listed, counts = packed_runs(code, keys.offsets, q.shape[0], q.shape[1], length, bn, AHEAD)
+        listed, counts = packed_runs(code, keys.offsets, *of_rows, length, bn, AHEAD)
     else:
-        k_tiles = tiles_of(keys, length, bn, k_longest)
-        listed, counts = packed(code, k_tiles, q.shape[0], q.shape[1], bn)
+        listed, counts = packed(code, tiles_of(keys, length, bn, k_longest), *of_rows, bn)
     problem = Problem(
         q if q.stride(-1) == 1 else q.contiguous(),
-        *tables_of(k, v, keys, pyramid),
+        *tables,
         queries,
         q_tiles,
         listed,
         counts,
+        pairs,
         code,
         scale,
         *into,
@@ -293,7 +301,8 @@ def block_attention(
         if on_hopper:
             from dit_accel.kernels.block_attention import hopper
 
-            hopper.attend(problem, rest, size, onto if within else None)
+            above = onto if within else None
+            hopper.attend(problem, rest, size, above, long_tiles=long_tiles)
         else:
             _attend(problem, rest, bm, size, chosen)
         if onto is not None and not within:

@@ -201,6 +201,30 @@ def test_a_plan_and_blocks_may_be_shared(backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("padded", [False, True])
+def test_pairs_are_counted(backend, padded):
+    q, k, v, queries, keys, code, valid = problem(8)
+    assert_pairs_are_counted(q, k, v, queries, keys, code, valid if padded else None, backend)
+
+
+def assert_pairs_are_counted(q, k, v, queries, keys, code, valid, backend, **options):
+    pairs = torch.full(q.shape[:2], -5)
+    run(q, k, v, queries, keys, code, valid, pairs=pairs, backend=backend, **options)
+    where = [
+        torch.repeat_interleave(x.offsets[b, h].diff().long()).expand_as(x.perm[b, h])
+        for x in (queries, keys)
+        for b in range(q.shape[0])
+        for h in range(q.shape[1])
+    ]
+    rows, columns = where[: len(where) // 2], where[len(where) // 2 :]
+    for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        b, h = divmod(i, q.shape[1])
+        exact = code[b, h][row][:, column] == 1
+        known = True if valid is None else valid[b, keys.perm[b, h]]
+        assert pairs[b, h] == (exact & known).sum()
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_rounded_once(dtype, backend):
     """Only the output is rounded: to half a unit of the dtype, beside fp32's own error."""
@@ -233,6 +257,10 @@ def test_guards_name_what_is_wrong():
             "backend: expected one of auto, reference, batched, triton, got 'cuda'",
         ),
         ({"q": q.clone().requires_grad_()}, "torch.no_grad"),
+        (
+            {"pairs": torch.zeros(2, 3)},
+            r"pairs: expected contiguous int64 \[2, 3\], got torch.float32",
+        ),
         (
             {"rest": RestTerms(k, v, valid, weight="second")},
             "expected k_var for weight 'second'",

@@ -111,12 +111,12 @@ _COUNT = Path(__file__).parents[1] / "support" / "host_work.py"
 @pytest.mark.parametrize(
     ("method", "kernels", "others"),
     [
-        ("pisa", 10, 0),
-        ("moment", 10, 0),
-        ("flashblock", 4, 0),
-        ("svg_ear", 19, 9),
-        ("psa", 8, 0),
-        ("psa, thresholds", 8, 0),
+        ("pisa", 9, 0),
+        ("moment", 9, 0),
+        ("flashblock", 3, 0),
+        ("svg_ear", 18, 9),
+        ("psa", 7, 0),
+        ("psa, thresholds", 7, 0),
     ],
 )
 def test_how_much_a_call_launches(method, kernels, others):

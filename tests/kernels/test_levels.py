@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from dit_accel.kernels.block_attention import levels, means, problem
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, compact
+from dit_accel.kernels.pair_count import pair_count
 
 LENGTH = 333
 
@@ -42,7 +43,10 @@ def test_lists_hold_what_the_plan_says(longest, size, kinds):
     drawn = torch.randint(0, len(kinds), (2, 1, 2, blocks), generator=generator)
     code = torch.tensor(kinds, dtype=torch.int8)[drawn]
     found = means.rows_of(order.offsets, LENGTH, size, longest)
-    listed, counts = levels.packed_levels(code, found, 2, 1, size)
+    pairs = torch.zeros(2, 1, dtype=torch.int64)
+    bounds = torch.tensor([[[0, 5, 12]]], dtype=torch.int32)
+    listed, counts = levels.packed_levels(code, found, bounds, pairs, 1, size)
+    assert torch.equal(pairs, pair_count(code, found.sizes, bounds.diff()))
     assert listed.shape == (2, 1, 2, found.most)
     keys_of = meaning(found)
     for row, number, kind in zip(
@@ -107,7 +111,9 @@ def test_tables_hold_keys_and_means(dtype, longest, padded):
         k = k.masked_fill(~valid[:, None, :, None], torch.nan)
     order = compact(perm, offsets, valid)
     found = means.rows_of(order.offsets, LENGTH, 64, longest)
-    *tables, rows, zero = means.tables_with_means(k.mT.contiguous().mT, v, order, found)
+    pairs = torch.ones(2, 1, dtype=torch.int64)
+    *tables, rows, zero = means.tables_with_means(k.mT.contiguous().mT, v, order, found, pairs)
+    assert (pairs == 0).all()
     assert rows.data_ptr() == tables[0].data_ptr()
     assert rows.shape == (2 * 2 * found.height, 16)
     assert zero == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT
+from dit_accel.kernels.pair_count import pair_count
 
 pytest.importorskip("triton")
 from dit_accel.kernels.block_attention import runs
@@ -22,13 +23,23 @@ def plan(columns=40, rows=5):
     return code, offsets
 
 
+def bounds_of_rows(code):
+    """Rows of 0, 3, 6, ... queries."""
+    sizes = torch.arange(-1, code.shape[2]) * 3
+    return sizes.clamp(min=0).cumsum(0).to(torch.int32).expand(*code.shape[:2], -1).contiguous()
+
+
 @pytest.mark.parametrize("chunk", [16, 64])
 @pytest.mark.parametrize("size", [8, 16, 64])
 def test_boxes_hold_the_keys_of_exact_blocks_once(size, chunk, monkeypatch):
     monkeypatch.setattr(runs, "_CHUNK", chunk)
     code, offsets = plan()
     length = int(offsets.max())
-    listed, counts = runs.packed_runs(code, offsets, 2, 2, length, size, AHEAD)
+    pairs = torch.zeros(2, 2, dtype=torch.int64)
+    bounds = bounds_of_rows(code)
+    given = code, offsets, bounds, pairs, 2, length, size, AHEAD
+    listed, counts = runs.packed_runs(*given)
+    assert torch.equal(pairs, pair_count(code, offsets.diff(), bounds.diff()))
     for b, h, row in torch.cartesian_prod(*map(torch.arange, code.shape[:3])).tolist():
         bounds = offsets[b, h].tolist()
         exact = code[b, h, row] == 1
@@ -50,8 +61,11 @@ def test_boxes_hold_the_keys_of_exact_blocks_once(size, chunk, monkeypatch):
 
 def test_a_plan_for_all_heads_and_one_order():
     code, offsets = plan()
-    listed, counts = runs.packed_runs(code[:1, :1], offsets[:1, :1], 2, 3, 900, 16, AHEAD)
-    alone, number = runs.packed_runs(code[:1, :1], offsets[:1, :1], 1, 1, 900, 16, AHEAD)
+    order = code[:1, :1], offsets[:1, :1], bounds_of_rows(code)[:1, :1]
+    every, one = (torch.zeros(2, n, dtype=torch.int64) for n in (3, 1))
+    listed, counts = runs.packed_runs(*order, every, 3, 900, 16, AHEAD)
+    alone, number = runs.packed_runs(*order, one[:1], 1, 900, 16, AHEAD)
+    assert (every == one[0]).all()
     assert (counts == number).all()
     for row in range(code.shape[2]):
         some = int(number[0, 0, row, 1])

@@ -91,6 +91,17 @@ def test_plans_of_one_kind(choice):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("each", [True, False], ids=["in groups", "at once"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("longest", [None, 75])
+def test_pairs_are_counted(longest, padded, each, monkeypatch):
+    if each:
+        monkeypatch.setattr(groups, "COPY_BYTES", 1)
+    *given, valid = shared.problem(heads=2, length=75, depth=16, dtype=torch.float32)
+    valid = valid if padded else None
+    shared.assert_pairs_are_counted(*given, valid, "triton", k_longest=longest, long_rows=2)
+
+
 def test_no_valid_key_at_all():
     q, k, v, queries, keys, code, valid = shared.problem(
         batch=2, heads=1, length=33, depth=16, dtype=torch.float32
