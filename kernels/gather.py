@@ -90,8 +90,7 @@ def gather_both(
         x, y: ``[B, H, L, D]``, with a last stride of 1.
         tokens: int32 ``[B|1, H|1, M]``.
         x_out, y_out: ``[..., M or more, D]``, contiguous, of as many heads or more.
-        zeros: int32 ``[1]`` and int64 ``[B, H]``, contiguous: numbers that later kernels are to find
-            at 0.
+        zeros: int32 ``[1]`` and int64 ``[B, H]``, contiguous: what later kernels are to find at 0.
         first_pair: ``b · H + h`` of the first one.
         pairs: how many; all by default.
     """

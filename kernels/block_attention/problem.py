@@ -181,8 +181,10 @@ def packed(
     batch = pairs.numel() // heads
     rows, columns = code.shape[2:]
     num_tiles = k_tiles.span.shape[-1]
-    shape, made = (batch, heads, rows), {"dtype": torch.int32, "device": code.device}
-    listed, counts = (torch.empty((*shape, n), **made) for n in (num_tiles + AHEAD, 2))
+    listed, counts = (
+        torch.empty((batch, heads, rows, n), dtype=torch.int32, device=code.device)
+        for n in (num_tiles + AHEAD, 2)
+    )
     launch(
         pack_kernel,
         (rows, batch * heads),
