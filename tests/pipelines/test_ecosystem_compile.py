@@ -186,31 +186,3 @@ def test_compiled_for_a_gpu(family, mode):
     torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
     torch._dynamo.reset()
-
-
-@pytest.mark.gpu
-def test_cuda_graphs_of_single_blocks_fail_without_a_method_too(zoo):
-    """Why the test above may fail: what it meets is torch's, not a method's."""
-    wan = zoo.FAMILIES["Wan"]
-    pipe = wan.pipe().to("cuda")
-    torch._dynamo.reset()
-    pipe.transformer.compile_repeated_blocks(mode="reduce-overhead", fullgraph=True)
-    with pytest.raises(RuntimeError):
-        wan.go(pipe, 3, **wan.guided)
-    torch._dynamo.reset()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", [None, "pisa"])
-def test_cuda_graphs_of_the_whole_transformer(zoo, method):
-    wan = zoo.FAMILIES["Wan"]
-    pipe = wan.pipe(**wan.shallow).to("cuda")
-    if method:
-        dit_accel.accelerate(pipe, method, dense_steps=2, **METHODS[method])
-    wanted = wan.go(pipe, 6, **wan.guided)
-    torch._dynamo.reset()
-    pipe.transformer = torch.compile(pipe.transformer, mode="reduce-overhead", fullgraph=True)
-    for _ in range(2):
-        got = wan.go(pipe, 6, **wan.guided)
-        torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
-    torch._dynamo.reset()
