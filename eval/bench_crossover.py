@@ -246,20 +246,26 @@ def lines(made: Mapping[str, Any]) -> Iterator[str]:
 
 
 def write(made: Mapping[str, Any], path: Path) -> None:
-    """Put figures into a file, in place of those of the same architecture, methods and heads."""
+    """Put figures into a file, in place of those of the same architecture, methods and heads.
+
+    How they were measured is put behind how those were that stay.
+    """
     known = json.loads(path.read_text()) if path.exists() else {}
     for architecture, new in made.items():
         old = known.get(architecture, {"rows": []})
         ours = {(row["method"], row["heads"]) for row in new["rows"]}
         rows = [row for row in old["rows"] if (row["method"], row["heads"]) not in ours]
-        known[architecture] = {**new, "rows": rows + new["rows"]}
+        stay = {row["method"] for row in rows}
+        about = [one for one in old.get("measured", ()) if stay & set(one.get("methods", ()))]
+        latest = json.loads(json.dumps(new["measured"]))
+        about = [one for one in about if one != latest] + [latest]
+        known[architecture] = {"measured": about, "rows": rows + new["rows"]}
     lines = []
     for architecture, figures in known.items():
         each = ",\n   ".join(json.dumps(row) for row in figures["rows"])
-        about = json.dumps(figures["measured"])
-        lines.append(
-            f' "{architecture}": {{\n  "measured": {about},\n  "rows": [\n   {each}\n  ]\n }}'
-        )
+        about = ",\n   ".join(json.dumps(one) for one in figures["measured"])
+        told = f'"measured": [\n   {about}\n  ],\n  "rows": [\n   {each}\n  ]'
+        lines.append(f' "{architecture}": {{\n  {told}\n }}')
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 

@@ -48,15 +48,19 @@ def test_a_sweep_becomes_figures_that_can_be_read(tmp_path):
         *(("vmoba", layer) for layer in range(3)),
     ]
     assert all([tokens for tokens, *_ in one["times"]] == [16, 32] for one in rows)
-    made = {"9.0": {"measured": {"device": "none"}, "rows": bench_crossover.crossovers(rows)}}
+    about = {"device": "none", "methods": ["psa", "vmoba"]}
+    made = {"9.0": {"measured": about, "rows": bench_crossover.crossovers(rows)}}
     path = tmp_path / "figures.json"
     bench_crossover.write(made, path)
     other = {"8.0": {"measured": {}, "rows": [made["9.0"]["rows"][0]]}}
     bench_crossover.write(other, path)
-    again = {"9.0": {"measured": {"device": "another"}, "rows": made["9.0"]["rows"][:1]}}
-    bench_crossover.write(again, path)
+    later = {"device": "another", "methods": ["psa"]}
+    again = {"9.0": {"measured": later, "rows": made["9.0"]["rows"][:1]}}
+    for _ in range(2):
+        bench_crossover.write(again, path)
     known = json.loads(path.read_text())
-    assert known["8.0"] == other["8.0"]
+    assert known["8.0"] == {"measured": [{}], "rows": other["8.0"]["rows"]}
+    assert known["9.0"]["measured"] == [about, later]
     assert [one["method"] for one in known["9.0"]["rows"]] == ["vmoba"] * 6 + ["psa"]
     figures = [Crossover(**one) for one in known["9.0"]["rows"]]
     assert figures[-1].options == options_of(presets.psa())
