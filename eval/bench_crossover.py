@@ -263,8 +263,8 @@ def write(made: Mapping[str, Any], path: Path) -> None:
     lines = []
     for architecture, figures in known.items():
         each = ",\n   ".join(json.dumps(row) for row in figures["rows"])
-        about = ",\n   ".join(json.dumps(one) for one in figures["measured"])
-        told = f'"measured": [\n   {about}\n  ],\n  "rows": [\n   {each}\n  ]'
+        records = ",\n   ".join(json.dumps(one) for one in figures["measured"])
+        told = f'"measured": [\n   {records}\n  ],\n  "rows": [\n   {each}\n  ]'
         lines.append(f' "{architecture}": {{\n  {told}\n }}')
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
