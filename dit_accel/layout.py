@@ -85,27 +85,18 @@ class Blocked:
         known: Summary | None = self._cache.get("summary")
         if known is not None:
             return known.k_mean
-        if "key_mean" not in self._cache:
-            self._cache["key_mean"] = block_mean(
-                self.k,
-                perm=self.keys.perm,
-                offsets=self.keys.offsets,
-                valid=self.geometry.key_valid,
-                longest=self.keys.longest,
-            )
-        mean: Tensor = self._cache["key_mean"]
-        return mean
+        return self._mean("key_mean", self.k, self.keys, self.geometry.key_valid)
 
     def query_mean(self) -> Tensor:
         """``q̄_i``: fp32 (fp64 for fp64) ``[B, H, Nq, D]``, zero for an empty block. Cached."""
-        if "query_mean" not in self._cache:
-            self._cache["query_mean"] = block_mean(
-                self.q,
-                perm=self.queries.perm,
-                offsets=self.queries.offsets,
-                longest=self.queries.longest,
+        return self._mean("query_mean", self.q, self.queries, None)
+
+    def _mean(self, name: str, x: Tensor, blocks: Blocks, valid: Tensor | None) -> Tensor:
+        if name not in self._cache:
+            self._cache[name] = block_mean(
+                x, perm=blocks.perm, offsets=blocks.offsets, valid=valid, longest=blocks.longest
             )
-        mean: Tensor = self._cache["query_mean"]
+        mean: Tensor = self._cache[name]
         return mean
 
 

@@ -126,16 +126,17 @@ def _launch(
     )
 
 
-def specimen(depth: int, dtype: str, *, both: bool = False) -> Specimen:
-    """The kernel as it is launched."""
-    constants = {"BOTH": both, "ZERO": both, "D": depth, "BN": _PLACES}
+def specimen(depth: int, dtype: str, *, both: bool = False, zero: bool | None = None) -> Specimen:
+    """The kernel as it is launched; what takes both mostly makes zeros too."""
+    zero = both if zero is None else zero
+    constants = {"BOTH": both, "ZERO": zero, "D": depth, "BN": _PLACES}
     types = {
         **dict.fromkeys(("x_ptr", "y_ptr", "x_out", "y_out"), f"*{dtype}"),
         **dict.fromkeys(("token_ptr", "zero"), "*i32"),
-        "zeros_64": "*i64" if both else "*i32",
+        "zeros_64": "*i64" if zero else "*i32",
     }
     return Specimen(
-        f"gather{' both' * both} {dtype} D={depth}",
+        f"gather{' both' * both}{' zeros' * zero} {dtype} D={depth}",
         _gather,
         typed(_gather, constants, **types),
         constants,

@@ -41,7 +41,7 @@ def launch(
         kernel[grid](*pointers, *sizes, **constants)
         return
     device = pointers[0].get_device()
-    if device != torch._C._cuda_getDevice():  # without asking whether CUDA is there
+    if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, pointers, sizes, **constants)
         return

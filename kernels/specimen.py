@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,22 @@ def typed(kernel: Any, constants: Mapping[str, Any], **types: str) -> dict[str, 
     """A kernel's signature: 32-bit integers, but for what is constant or told otherwise."""
     names = (name for name in kernel.arg_names if name not in constants)
     return {name: types.get(name, "i32") for name in names}
+
+
+def alike(
+    launches: Iterable[tuple[Any, Mapping[str, Any]]], types: Mapping[str, str], num_warps: int = 4
+) -> list[Specimen]:
+    """Kernels and their constants, as `typed` would have them, launched with as many warps."""
+    return [
+        Specimen(
+            kernel.__name__,
+            kernel,
+            typed(kernel, constants, **types),
+            constants,
+            {"num_warps": num_warps},
+        )
+        for kernel, constants in launches
+    ]
 
 
 def specimens() -> Iterator[tuple[str, Specimen]]:

@@ -9,7 +9,7 @@ many steps as a program has items.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.launch import launch
-from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.specimen import Specimen, alike
 
 ITEM_NUMBERS = tl.constexpr(8)
 """Numbers of an item, `lists.ITEM`; its unit and its boxes are those at 0 and 4."""
@@ -180,16 +180,8 @@ def specimens() -> list[Specimen]:
     types = dict.fromkeys(("item_ptr", "first_ptr", "key_ptr", "next_ptr", "start_ptr"), "*i32") | {
         "order_ptr": "*i64"
     }
-    return [
-        Specimen(
-            kernel.__name__,
-            kernel,
-            typed(kernel, constants, **types),
-            constants,
-            {"num_warps": 4},
-        )
-        for kernel, constants in (
-            (_keys, {"WIDE": False, "LAST": 2**31 - 1, "BT": _KEYED}),
-            (_deal, {"MANY": _MANY, "BP": MOST_PROGRAMS}),
-        )
+    launches: list[tuple[Any, dict[str, Any]]] = [
+        (_keys, {"WIDE": False, "LAST": 2**31 - 1, "BT": _KEYED}),
+        (_deal, {"MANY": _MANY, "BP": MOST_PROGRAMS}),
     ]
+    return alike(launches, types)

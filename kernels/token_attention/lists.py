@@ -19,7 +19,7 @@ from torch import Tensor
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
 from dit_accel.kernels.packed import LENGTH_BITS, START_BIT, Compact, Tiles, remembered, tiles
-from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.specimen import Specimen, alike
 from dit_accel.kernels.token_attention.dealing import bytes_of as bytes_of_dealing
 from dit_accel.kernels.token_attention.sorting import sort
 from dit_accel.kernels.token_attention.sorting import specimens as of_sorting
@@ -257,16 +257,4 @@ def specimens() -> list[Specimen]:
         (_pack, {"BOX": 16, "BM": ROWS, "CHUNK": _CHUNK}),
         (_firsts, {"ROWS": ROWS, "BT": _SUMMED}),
     ]
-    return [
-        *of_sorting(),
-        *(
-            Specimen(
-                kernel.__name__,
-                kernel,
-                typed(kernel, constants, **types),
-                constants,
-                {"num_warps": 4},
-            )
-            for kernel, constants in launches
-        ),
-    ]
+    return [*of_sorting(), *alike(launches, types)]

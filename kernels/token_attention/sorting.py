@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit_accel.kernels.launch import launch
 from dit_accel.kernels.order import lead_strides
-from dit_accel.kernels.specimen import Specimen, typed
+from dit_accel.kernels.specimen import Specimen, alike
 from dit_accel.kernels.word_bits import word_bit
 from dit_accel.kernels.words import BITS, Words, grouping
 
@@ -314,13 +314,4 @@ def specimens() -> list[Specimen]:
         (_move, later | {"LAST": False, "TILES": _TILES}),
         (_move, later | {"LAST": True, "TILES": _TILES}),
     ]
-    return [
-        Specimen(
-            kernel.__name__,
-            kernel,
-            typed(kernel, constants, **types),
-            constants,
-            {"num_warps": _WARPS},
-        )
-        for kernel, constants in launches
-    ]
+    return alike(launches, types, _WARPS)

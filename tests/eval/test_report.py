@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -167,6 +168,14 @@ def test_texts_of_others_are_no_markup(fake, tmp_path):
     html = report.render(store, summarise(store, Choices("inception")))
     assert "<img src=x" not in html
     assert data_of(html)["players"]["prompts"][0]["text"] == evil
+
+
+@pytest.mark.parametrize("sharing", [1, 16])
+def test_times_of_a_busy_device_are_told_where_the_answer_is(fake, tmp_path, sharing):
+    store = fake.fake_run(tmp_path / "run")
+    made = replace(summarise(store, Choices("inception")), sharing=sharing)
+    answer = re.search(r'<section id="answer".*?</section>', report.render(store, made), re.S)
+    assert ("Up to 16 processes shared a device" in answer[0]) == (sharing > 1)
 
 
 def test_runs_of_nothing_are_refused(fake, tmp_path):

@@ -215,5 +215,11 @@ def test_nothing_sticks_out(page, width):
     )
     try:
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        # the table of answers does not hide a part of itself behind a scroll bar either
+        hidden = page.execute_script(
+            """const box = document.querySelector('.answers').parentElement;
+            return box.scrollWidth - box.clientWidth;"""
+        )
+        assert hidden <= 0
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -117,6 +117,7 @@ _COUNT = Path(__file__).parents[1] / "support" / "host_work.py"
         ("svg_ear", 18, 9),
         ("psa", 7, 0),
         ("psa, thresholds", 7, 0),
+        ("vmoba", 54, 7),
     ],
 )
 def test_how_much_a_call_launches(method, kernels, others):
@@ -132,10 +133,6 @@ def test_how_much_a_call_launches(method, kernels, others):
     assert found["kernels"]
     assert sum(found["kernels"].values()) <= kernels, found
     assert sum(found["others"].values()) <= others, found
-
-
-def test_how_much_vmoba_launches():
-    test_how_much_a_call_launches("vmoba", 54, 7)
 
 
 def test_what_takes_the_place_of_triton_s_launch_is_used(monkeypatch):
