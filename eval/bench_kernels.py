@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from dit_accel.eval.attention_cases import ATTENTION_CASES, ATTENTION_CHECKS
 from dit_accel.eval.kernel_cases import CASES, SHAPES, STRENGTHS, Case, Shape, inputs
 from dit_accel.eval.kernel_checks import CHECKS
 from dit_accel.eval.memory_cases import MEMORY_CASES, MEMORY_CHECKS
@@ -39,11 +40,18 @@ from dit_accel.eval.text_table import aligned
 
 ALL_CASES = {
     **CASES,
+    **ATTENTION_CASES,
     **MEMORY_CASES,
     "methods": method_cases,
     "head_groups": head_group_cases,
 }
-ALL_CHECKS = {**CHECKS, **MEMORY_CHECKS, "methods": check_methods, "head_groups": check_head_groups}
+ALL_CHECKS = {
+    **CHECKS,
+    **ATTENTION_CHECKS,
+    **MEMORY_CHECKS,
+    "methods": check_methods,
+    "head_groups": check_head_groups,
+}
 """Operations, and whole calls of methods."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -43,7 +43,8 @@ class Problem:
         return x.masked_fill(~self.valid[:, None, :, None], torch.nan)
 
 
-def _within(name: str, got: Tensor, wanted: Tensor, bound: float) -> None:
+def within(name: str, got: Tensor, wanted: Tensor, bound: float) -> None:
+    """Raise an IncorrectError unless the largest error is within a bound."""
     worst = float((got.double() - wanted.double()).abs().max())
     if not worst <= bound:
         raise IncorrectError(f"{name}: expected an error of at most {bound:.2g}, got {worst:.2g}")
@@ -67,7 +68,7 @@ def check_error_probe(dtype: torch.dtype, depth: int, device: str) -> None:
             queries.double(), k.double(), weight.double(), backend="reference", **options
         )
         # two numbers of 8 bits make 16: an error of 2**-17 of logits of up to 5 or so, a block over
-        _within("error_probe", got, exact, 2e-4 * float(exact.max()))
+        within("error_probe", got, exact, 2e-4 * float(exact.max()))
 
 
 def check_kmeans(dtype: torch.dtype, depth: int, device: str) -> None:
@@ -94,11 +95,11 @@ def check_kmeans(dtype: torch.dtype, depth: int, device: str) -> None:
             number = member.sum(2).unsqueeze(-1)
             mean = member.mT @ rows / number.clamp(min=1)
             mean = torch.where(number > 0, mean, centroids.double())
-            _within(f"kmeans {backend} centroids", centroids, mean, 1e-4)
+            within(f"kmeans {backend} centroids", centroids, mean, 1e-4)
             distance = torch.cdist(rows, centroids.to(dtype).double())
             got = distance.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
             off = ((got - distance.amin(-1)) * counts[:, None]).max()
-            _within(f"kmeans {backend} distances", off, torch.zeros_like(off), 1e-3)
+            within(f"kmeans {backend} distances", off, torch.zeros_like(off), 1e-3)
 
 
 def check_block_importance(dtype: torch.dtype, depth: int, device: str) -> None:
@@ -113,7 +114,7 @@ def check_block_importance(dtype: torch.dtype, depth: int, device: str) -> None:
     }
     got = block_importance(p.q, p.k, **options)
     exact = block_importance(p.q.double(), p.k.double(), backend="reference", **options)
-    _within("block_importance", got, exact, (1e-4 + 2**-11) * float(exact.max()))
+    within("block_importance", got, exact, (1e-4 + 2**-11) * float(exact.max()))
 
 
 def check_gate(dtype: torch.dtype, depth: int, device: str) -> None:
@@ -174,11 +175,11 @@ def check_token_attention(dtype: torch.dtype, depth: int, device: str) -> None:
         exact = torch.where(some, logits.softmax(-1), 0.0) @ p.v.double()
         plain = F.scaled_dot_product_attention(p.q, p.k, p.v, attn_mask=mask | ~some)
         error = float(((plain - exact) * some).abs().max())
-        _within("token_attention", out, exact, 2 * error + 4 * torch.finfo(torch.float32).eps)
+        within("token_attention", out, exact, 2 * error + 4 * torch.finfo(torch.float32).eps)
         wanted = logits.logsumexp(-1)
         if not torch.equal(lse == -torch.inf, ~some.squeeze(-1)):
             raise IncorrectError("token_attention lse: expected -inf where nothing is selected")
-        _within("token_attention lse", lse[some[..., 0]], wanted[some[..., 0]], 1e-3)
+        within("token_attention lse", lse[some[..., 0]], wanted[some[..., 0]], 1e-3)
 
 
 CHECKS: dict[str, Callable[[torch.dtype, int, str], None]] = {

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from dit_accel.eval import bench_kernels, kernel_checks, memory_cases
+from dit_accel.eval import attention_cases, bench_kernels, kernel_checks, memory_cases
 from dit_accel.eval.kernel_cases import SHAPES, Shape, inputs
 from dit_accel.eval.method_cases import method_cases
 
@@ -62,6 +62,49 @@ def test_norms_and_statistics(monkeypatch):
     monkeypatch.setattr(memory_cases, "norm_rotary", wrong)
     (row,) = bench_kernels.run(["norm_rotary"], ["small"], **options)["rows"]
     assert row["error"].startswith("not timed: IncorrectError: norm_rotary over each head")
+
+
+def test_attention_by_plans_that_are_there():
+    found = bench_kernels.run(
+        ["block_attention", "plan", "merge"],
+        ["small"],
+        dtype="float32",
+        device="cpu",
+        say=lambda text: None,
+    )
+    rows = {(row["op"], row["case"]): row for row in found["rows"]}
+    assert all(row["ms"] > 0 and row["gbs"] > 0 for row in rows.values())
+    exact, pooled = (
+        rows["block_attention", name] for name in ("exact blocks alone", "with moments")
+    )
+    assert exact["note"] == pooled["note"]
+    assert ("plan", "2 x 3") in rows
+    assert ("merge", "two partials") in rows
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("block_attention", "block_attention drop lse"), ("merge", "merge lse"), ("plan", "plan")],
+)
+def test_attention_that_is_wrong_is_not_timed(monkeypatch, name, where):
+    """By a little: half a thousandth, or one pair of blocks."""
+
+    def wrong(*given, backend="auto", **options):
+        found = real(*given, backend=backend, **options)
+        if backend != "auto":
+            return found
+        if name == "plan":
+            found[0, 0, 0, 0] = -found[0, 0, 0, 0]
+            return found
+        return found[0], found[1] * (1 + 5e-4)
+
+    called = "pooled_topk" if name == "plan" else name
+    real = getattr(attention_cases, called)
+    monkeypatch.setattr(attention_cases, called, wrong)
+    (row,) = bench_kernels.run(
+        [name], ["small"], dtype="float32", device="cpu", say=lambda text: None
+    )["rows"]
+    assert row["error"].startswith(f"not timed: IncorrectError: {where}: expected")
 
 
 @pytest.mark.parametrize("grid", [(1, 4, 4), (2, 3, 3), (2, 2, 4)])
