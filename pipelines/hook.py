@@ -22,6 +22,7 @@ from diffusers.hooks.hooks import (
     StateManager,
 )
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from dit_accel.errors import InputError
 from dit_accel.pipelines.compiled import enter, number_of
@@ -123,6 +124,21 @@ def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     given = hook.signature.bind(module, *args, **kwargs).arguments
     if not torch.compiler.is_compiling():
         hook.enter(given)
+        if _has_compiled_blocks(module):
+            # one iteration of CUDA graphs is a forward, and not a block, which would free what the
+            # block before it returned
+            torch.compiler.cudagraph_mark_step_begin()
         return
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     enter(hook.session.ticks, hook.number, " ".join(tensors), list(tensors.values()))
+
+
+def _has_compiled_blocks(model: nn.Module) -> bool:
+    """Whether blocks are compiled one by one, as `compile_repeated_blocks` does."""
+    lists = (child for child in model.children() if isinstance(child, nn.ModuleList))
+    return any(
+        getattr(block, "_compiled_call_impl", None) is not None
+        or isinstance(block, OptimizedModule)
+        for blocks in lists
+        for block in blocks
+    )

@@ -165,12 +165,45 @@ def test_errors_of_a_compiled_model_are_the_same(zoo, graphs):
     assert wan.go(pipe).isfinite().all()
 
 
-# every call of a block counts as a new iteration, and frees what the call before returned
-FREED = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="CUDA graphs of single blocks")
+@pytest.mark.parametrize("blocks", ["as they are", "compiled", "each compiled", "whole compiled"])
+def test_a_forward_is_one_iteration_of_cuda_graphs(zoo, graphs, monkeypatch, blocks):
+    """Every compiled block would count as one, and free what the block before it returned."""
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    wan = zoo.FAMILIES["Wan"]
+    pipe = wan.pipe(**wan.shallow)
+    dit_accel.accelerate(pipe, "pisa", **METHODS["pisa"])
+    model = pipe.transformer
+    if blocks == "compiled":
+        regionally(pipe, "eager")
+    elif blocks == "each compiled":
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = torch.compile(block, backend="eager")
+    elif blocks == "whole compiled":
+        wrapped(pipe, "eager")
+    wan.go(pipe, 3, **wan.guided)
+    assert len(marks) == (2 * 3 if blocks in ("compiled", "each compiled") else 0)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=FREED)])
+@pytest.mark.parametrize("method", METHODS)
+def test_cuda_graphs_of_blocks(zoo, method):
+    """What a method remembers from step to step is not in memory that graphs use again."""
+    wan = zoo.FAMILIES["Wan"]
+    pipe = wan.pipe().to("cuda")
+    schedule = {} if method == "dense" else {"dense_steps": 2, "dense_layers": (1,)}
+    dit_accel.accelerate(pipe, method.split()[0], **METHODS[method], **schedule)
+    wanted = wan.go(pipe, 12, **wan.guided)
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(mode="reduce-overhead", fullgraph=True)
+    for _ in range(2):
+        got = wan.go(pipe, 12, **wan.guided)
+        torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_for_a_gpu(family, mode):
     pipe = family.pipe().to("cuda")
     dit_accel.accelerate(pipe, "pisa", dense_steps=2, **METHODS["pisa"])

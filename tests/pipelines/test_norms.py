@@ -225,14 +225,8 @@ def test_angles_of_channels():
     )
 
 
-# as in test_ecosystem_compile
-FREED = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="CUDA graphs of single blocks")
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "compiled", ["no", "default", pytest.param("reduce-overhead", marks=FREED)]
-)
+@pytest.mark.parametrize("compiled", ["no", "default", "reduce-overhead"])
 @pytest.mark.parametrize("name", ["Wan", "HunyuanVideo", "FLUX.1"])
 def test_on_a_gpu(zoo, name, compiled):
     """The kernel without being named; what it does not take there runs the modules."""
