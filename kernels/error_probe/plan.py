@@ -62,9 +62,9 @@ def choose_kernel(
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = (key.to(tl.int64) + 2147483648).to(tl.uint32)
     # the largest number above which there is too much
-    beyond = tl.zeros([ROWS], tl.uint32)
-    for step in tl.static_range(32):
-        more = beyond | (1 << (31 - step))
+    one, beyond = tl.full([1], 1, tl.uint32), tl.zeros([ROWS], tl.uint32)
+    for step in range(32):  # unrolled it takes seconds to compile
+        more = beyond | (one << (31 - step))
         above = tl.sum(tl.where(key > more[:, None], worth, 0), 1)
         beyond = tl.where(above <= budget, beyond, more)
     # what equals the next number is within as long as there is room, in order

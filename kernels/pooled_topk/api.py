@@ -8,9 +8,8 @@ from torch import Tensor
 from dit_accel.kernels.backends import implementation, interpreted, resolve
 
 KNOWN = ("auto", "reference", "triton")
-MOST = 1024
-"""Key blocks of a row that the kernel holds at once. With more, time goes into the products, which
-a library does better."""
+MOST = 16384
+"""Key blocks of a row that the kernel holds at once."""
 
 
 def pooled_topk(

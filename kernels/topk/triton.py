@@ -11,28 +11,38 @@ from dit_accel.kernels.launch import launch
 from dit_accel.kernels.specimen import Specimen
 
 
+@triton.jit
+def largest(value, count):
+    """The largest so many entries of every row; -inf is none, and of equals the first is taken.
+
+    ``value`` fp32 ``[R, C]``, ``count`` int32 ``[R]``.
+    """
+    finite = value > float("-inf")
+    count = tl.minimum(count, tl.sum(finite.to(tl.int32), 1))
+    # floats in their own order as whole numbers; zeros of both signs are equal
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    # the largest number that enough entries reach: its sign first, which turns the order around
+    enough = tl.sum((key >= 0).to(tl.int32), 1) >= count
+    least = tl.where(enough, 0, -2147483648)
+    for step in range(31):  # unrolled it takes seconds to compile, and is no faster
+        more = least | (1 << (30 - step))
+        enough = tl.sum((key >= more[:, None]).to(tl.int32), 1) >= count
+        least = tl.where(enough, more, least)
+    above = finite & (key > least[:, None])
+    equal = finite & (key == least[:, None])
+    left = count - tl.sum(above.to(tl.int32), 1)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= left[:, None]))
+
+
 @triton.jit(do_not_specialize=["rows", "width"])
 def topk_kernel(score, wanted, mask, rows, width, BLOCK: tl.constexpr):
     row, head = tl.program_id(0), tl.program_id(1)
     at = (head.to(tl.int64) * rows + row) * width
-    place = tl.arange(0, BLOCK)
+    place = tl.arange(0, BLOCK)[None, :]
     value = tl.load(score + at + place, mask=place < width, other=float("-inf"))
-    finite = value > float("-inf")
-    count = tl.minimum(tl.load(wanted + head).to(tl.int32), tl.sum(finite.to(tl.int32), 0))
-    # floats in their own order as unsigned numbers; zeros of both signs are equal
-    bits = (value + 0.0).to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = (key.to(tl.int64) + 2147483648).to(tl.uint32)
-    least = tl.zeros([1], tl.uint32)
-    for step in tl.static_range(32):
-        more = least | (1 << (31 - step))
-        enough = tl.sum((key >= more).to(tl.int32), 0) >= count
-        least = tl.where(enough, more, least)
-    above = finite & (key > least)
-    equal = finite & (key == least)
-    left = count - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
-    tl.store(mask + at + place, chosen.to(tl.int8), mask=place < width)
+    count = tl.load(wanted + head + tl.arange(0, 1)).to(tl.int32)
+    tl.store(mask + at + place, largest(value, count).to(tl.int8), mask=place < width)
 
 
 @torch.no_grad()

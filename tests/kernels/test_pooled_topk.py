@@ -25,7 +25,11 @@ def means(rows, columns, depth=16, heads=2, device="cpu"):
 @pytest.mark.parametrize("density", [1e-9, 0.15, 0.3, 1.0])
 @pytest.mark.parametrize(
     ("rows", "columns", "q_blocks", "k_blocks"),
-    [(5, 9, 7, 11), (17, 70, 17, 70), (3, 0, 3, 2), (0, 4, 2, 4), (16, 64, 16, 64)],
+    [
+        *((5, 9, 7, 11), (17, 70, 17, 70), (3, 0, 3, 2), (0, 4, 2, 4), (16, 64, 16, 64)),
+        # scores by a library
+        *((5, 300, 7, 303), (9, 512, 9, 512), (3, 0, 3, 260), (0, 270, 2, 270), (1, 600, 2, 1025)),
+    ],
 )
 def test_the_kernel_plans_what_plain_torch_does(rows, columns, q_blocks, k_blocks, density, device):
     query, key, count = means(q_blocks, k_blocks, device=device)
@@ -44,11 +48,12 @@ def test_the_kernel_plans_what_plain_torch_does(rows, columns, q_blocks, k_block
     assert torch.equal(taken, (wanted * some)[..., None].expand_as(taken))
 
 
+@pytest.mark.parametrize("columns", [40, 400])
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_the_norm_of_a_covariance_counts(device):
-    query, key, count = means(20, 40, device=device)
-    norm = torch.rand(1, 2, 40, generator=torch.Generator().manual_seed(1)).to(device) * 50
-    options = {"rows": 20, "columns": 40, "scale": 0.25, "density": 0.3}
+def test_the_norm_of_a_covariance_counts(device, columns):
+    query, key, count = means(20, columns, device=device)
+    norm = torch.rand(1, 2, columns, generator=torch.Generator().manual_seed(1)).to(device) * 50
+    options = {"rows": 20, "columns": columns, "scale": 0.25, "density": 0.3}
     got = pooled_topk(query, key, count, norm, backend="triton", **options)
     exact = pooled_topk(
         query.double(), key.double(), count, norm.double(), backend="reference", **options
@@ -56,6 +61,21 @@ def test_the_norm_of_a_covariance_counts(device):
     plain = pooled_topk(query, key, count, None, backend="triton", **options)
     assert torch.equal(got, exact)
     assert not torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 4])
+def test_some_heads_at_a_time(monkeypatch, pairs):
+    """Of two elements of a batch; counts that heads share, and those that elements share."""
+    monkeypatch.setattr("dit_accel.kernels.pooled_topk.triton._SCORE_BYTES", pairs * 4 * 5 * 290)
+    query, key, count = means(6, 300, heads=6)
+    query, key = query.view(2, 3, 6, 16), key.view(2, 3, 300, 16)
+    options = {"rows": 5, "columns": 290, "scale": 0.25, "density": 0.2}
+    for counts in (count[:, :1], count.view(2, 3, 300), count.view(2, 3, 300)[:, :1]):
+        plans = [
+            pooled_topk(query, key, counts, None, backend=backend, **options)
+            for backend in ("reference", "triton")
+        ]
+        assert torch.equal(*plans)
 
 
 def test_the_share_is_that_of_double_precision():
