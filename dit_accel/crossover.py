@@ -64,11 +64,6 @@ class Crossover:
         return length < self.tokens if self.tokens is not None else length <= self.longest
 
 
-def period_of(method: Method) -> int | None:
-    """How many layers a method treats in turn, each in its own way; ``None`` if all alike."""
-    return getattr(method.layout, "period", None)
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Dense attention in place of a method, and why."""
@@ -133,7 +128,7 @@ def choose(
     architecture = architecture_of(like.device)
     if architecture is None or like.dtype not in DTYPES or ctx.prefix is not None:
         return None
-    budget, period = method.budget, period_of(method)
+    budget, period = method.budget, method.period
     row = find(
         measured(architecture),
         method,

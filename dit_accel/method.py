@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -182,6 +183,12 @@ class Method:
         return given if name == "density" else None
 
     @property
+    def period(self) -> int | None:
+        """How many layers are treated in turn, each in its own way; ``None`` if all are alike."""
+        found: int | None = getattr(self.layout, "period", None)
+        return found
+
+    @property
     def budget(self) -> tuple[str, Budget] | None:
         """What the route goes by, its name and value, if it has a budget."""
         return getattr(self.route, "budget", None)
@@ -271,13 +278,16 @@ class Method:
                 "it under torch.no_grad()"
             )
         if q.is_cuda and ctx.prefix is None:
-            # with a memory of its own, which nobody keeps
-            once(
-                self._kernels(q, ctx),
-                lambda: self.trace(q, k, v, replace(ctx, state=State()), scale=scale),
-            )
+            once(self._kernels(q, ctx), lambda: self._rehearse(q, k, v, ctx, scale))
         call = self.trace(q, k, v, ctx, scale=scale)
         return call.partial, call.report
+
+    def _rehearse(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, scale: float | None) -> None:
+        """This layer, and those whose kernels may be others, with a memory that nobody keeps."""
+        period, last = self.period or 1, ctx.num_layers or math.inf
+        near = range(ctx.layer + 1 - period, ctx.layer + period)
+        for layer in {one % period: one for one in near if 0 <= one < last}.values():
+            self.trace(q, k, v, replace(ctx, layer=layer, state=State()), scale=scale)
 
     def _kernels(self, q: Tensor, ctx: Context) -> tuple[object, ...]:
         """What decides which kernels a call launches, roughly; others are compiled alone."""

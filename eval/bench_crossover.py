@@ -163,7 +163,7 @@ def _settings(names: Sequence[str]) -> Iterator[tuple[str, int | None, Method]]:
     for group in names:
         for name, options in SETTINGS[group]:
             method = presets.build(name, **options)
-            period = crossover.period_of(method)
+            period = method.period
             for layer in (None,) if period is None else range(period):
                 yield name, layer, method
 

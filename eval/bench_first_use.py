@@ -53,14 +53,13 @@ def first_use(name: str, shape: str, device: str, begin: float) -> dict[str, Any
     import torch
 
     from dit_accel import presets
-    from dit_accel.crossover import period_of
     from dit_accel.eval.kernel_cases import SHAPES, inputs
     from dit_accel.state import State
     from dit_accel.types import Context
 
     preset, options = METHODS[name]
     method = presets.build(preset, **options)
-    layers = range(period_of(method) or 1)
+    layers = range(method.period or 1)
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     imported, began = time.time() - begin, time.perf_counter()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

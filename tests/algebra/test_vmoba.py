@@ -7,6 +7,7 @@ import dit_accel
 from dit_accel import InputError, presets
 from dit_accel.kernels.token_attention import reference, token_attention
 from dit_accel.layout import Cyclic
+from dit_accel.state import State
 from dit_accel.token_route import Gate, block_of
 from dit_accel.types import Context, Geometry
 
@@ -184,3 +185,26 @@ def test_combinations_that_make_no_sense_are_refused():
     }
     with pytest.raises(ValueError, match="select: expected bool"):
         token_attention(q, q, q, torch.ones(1, 1, 4, 2, dtype=torch.bool), **order)
+
+
+@pytest.mark.parametrize(
+    ("layer", "layers", "seen"),
+    [(0, 30, {0, 1, 2}), (29, 30, {27, 28, 29}), (4, None, {2, 3, 4, 5, 6}), (0, 2, {0, 1})],
+)
+def test_first_use_prepares_every_kind_of_layer(monkeypatch, layer, layers, seen):
+    """Each once, among the layers that there are, and with no memory of the caller's."""
+    called = []
+    real = Cyclic.__call__
+
+    def spy(self, q, k, v, ctx, scale=None):
+        called.append((ctx.layer, ctx.state))
+        return real(self, q, k, v, ctx, scale)
+
+    monkeypatch.setattr(Cyclic, "__call__", spy)
+    method, state = presets.vmoba(threshold=0.5, block_size=4), State()
+    ctx = Context(Geometry(GRID), layer=layer, num_layers=layers, state=state)
+    method._rehearse(*inputs(), ctx, None)
+    kinds = min(3, layers or 3)
+    assert sorted(one % 3 for one, _ in called) == list(range(kinds))
+    assert {one for one, _ in called} <= seen
+    assert all(one is not state for _, one in called)
