@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_THREADS = 8
+_THREADS = 16
+"""As many as kernels that a call has mostly: the largest comes last, and should not wait."""
 _rehearsing: ContextVar[bool] = ContextVar("dit_accel_rehearsing", default=False)
 _lock = threading.Lock()
 _known: set[Hashable] = set()

@@ -91,7 +91,10 @@ def norm_rotary(binding: Tensor, task: Task) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v if len(task.streams) > 1 else task.streams[0].v
 
 
-@torch.library.custom_op("dit_accel::norm_rotary", mutates_args=())
+# it tells who computed the norms whenever it runs, which a replayed graph would not
+@torch.library.custom_op(
+    "dit_accel::norm_rotary", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _norm_rotary(
     binding: Tensor,
     projections: list[Tensor],
