@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.kernels.backends import implementation, interpreted, resolve
 
 KNOWN = ("auto", "reference", "triton")
-MOST = 16384
+MOST = 8192
 """Key blocks of a row that the kernel holds at once."""
 
 

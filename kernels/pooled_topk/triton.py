@@ -207,7 +207,7 @@ def _warps(columns: int, depth: int) -> int:
 
 
 def _choice_warps(columns: int) -> int:
-    return 4 if columns <= 4096 else 8
+    return 4 if columns <= 2048 else 16
 
 
 def _specimen(depth: int, columns: int) -> Specimen:
@@ -235,7 +235,7 @@ def _choice_specimen(columns: int) -> Specimen:
 SPECIMENS = (
     [
         *(_specimen(128, 64), _specimen(64, 256), _specimen(128, 256)),
-        *(_choice_specimen(columns) for columns in (512, 2048, 16384)),
+        *(_choice_specimen(columns) for columns in (512, 4096, 8192)),
     ]
     if isinstance(plan_kernel, triton.JITFunction)
     else []
