@@ -78,3 +78,19 @@ def test_what_cannot_run_here_is_told():
         kmeans(x.double(), CLUSTERS, iterations=1, backend="triton")
     with pytest.raises(ValueError, match="got 'flash_kmeans': it"):
         kmeans(x, CLUSTERS, iterations=1, backend="flash_kmeans")
+
+
+def test_a_rehearsal_goes_through_one_iteration(monkeypatch):
+    """All iterations have the same kernels, and nothing is kept of what they find."""
+    triton = pytest.importorskip("dit_accel.kernels.kmeans.triton")
+    steps = []
+    real = triton._assign_all
+    monkeypatch.setattr(
+        triton, "_assign_all", lambda x, state, step: steps.append(step) or real(x, state, step)
+    )
+    x = torch.randn(1, 1, 40, 16, generator=torch.Generator().manual_seed(0))
+    for rehearsing, wanted in ((True, [0, 1]), (False, [0, 1, 2, 3])):
+        monkeypatch.setattr(triton, "rehearsing", lambda now=rehearsing: now)
+        steps.clear()
+        kmeans(x, 3, iterations=3, backend="triton")
+        assert steps == wanted
